@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lens distortion on the plane z = 1: forward with its Jacobian, and inverse. Each model ends where it would fold.
+
+The formulas are OpenCV's (calib3d: "Detailed Description", fisheye: "Fisheye camera model") and so those of
+sensor_msgs/CameraInfo. Beyond the radius where the distorted radius stops growing a model is meaningless: points
+there would be drawn back into the image. They get NaN.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+
+from ukd_ros.geometry.arrays import FloatArray
+
+NEWTON_STEPS = 30
+NEWTON_TOLERANCE = 1e-11
+"""Residual on the plane z = 1; with a focal length of 1,000 px this is 1e-8 px."""
+
+
+class Lens(Protocol):
+    """A map of the plane z = 1 onto itself."""
+
+    def distort(self, xy: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Return distorted points [N, 2] and their Jacobian [N, 2, 2]; NaN outside the model's valid range."""
+
+    def undistort(self, xy: FloatArray) -> FloatArray:
+        """Return the points [N, 2] that ``distort`` takes to ``xy``; NaN where there are none."""
+
+
+def _smallest_positive_root(descending: FloatArray) -> float:
+    """Return the smallest positive real root of a polynomial (highest power first), infinity when there is none."""
+    roots = np.roots(descending)
+    real = roots.real[(np.abs(roots.imag) <= 1e-7 * np.abs(roots)) & (roots.real > 0)]
+    return float(real.min()) if real.size else float("inf")
+
+
+@lru_cache(maxsize=256)
+def _rational_limit(coefficients: tuple[float, ...]) -> float:
+    """Return the radius below which the distorted radius grows and the denominator is positive."""
+    k1, k2, _, _, k3, k4, k5, k6 = coefficients
+    numerator = np.array([k3, k2, k1, 1.0])
+    denominator = np.array([k6, k5, k4, 1.0])
+    # d/dr [r n(s)/d(s)], s = r^2, has the numerator (n + 2 s n') d - 2 s n d'.
+    s = np.array([1.0, 0.0])
+    slope = np.polysub(
+        np.polymul(np.polyadd(numerator, 2 * np.polymul(s, np.polyder(numerator))), denominator),
+        2 * np.polymul(np.polymul(s, numerator), np.polyder(denominator)),
+    )
+    return float(np.sqrt(min(_smallest_positive_root(slope), _smallest_positive_root(denominator))))
+
+
+class RationalLens:
+    """OpenCV's rational model, of which plumb_bob is the case k4 = k5 = k6 = 0.
+
+    coefficients: [8] in OpenCV's order k1 k2 p1 p2 k3 k4 k5 k6.
+    """
+
+    def __init__(self, coefficients: FloatArray) -> None:
+        """Keep the coefficients and find where the model folds."""
+        self._k = tuple(float(k) for k in coefficients)
+        self._limit = _rational_limit(self._k)
+
+    def distort(self, xy: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Return distorted points [N, 2] and their Jacobian [N, 2, 2]; NaN outside the model's valid range."""
+        k1, k2, p1, p2, k3, k4, k5, k6 = self._k
+        x, y = xy[:, 0], xy[:, 1]
+        with np.errstate(all="ignore"):
+            s = x * x + y * y
+            numerator = 1 + s * (k1 + s * (k2 + s * k3))
+            inverse = 1 / (1 + s * (k4 + s * (k5 + s * k6)))
+            gain = numerator * inverse
+            slope = (k1 + s * (2 * k2 + s * 3 * k3) - gain * (k4 + s * (2 * k5 + s * 3 * k6))) * inverse
+            out = np.empty_like(xy)
+            out[:, 0] = x * gain + 2 * p1 * x * y + p2 * (s + 2 * x * x)
+            out[:, 1] = y * gain + p1 * (s + 2 * y * y) + 2 * p2 * x * y
+            jacobian = np.empty((len(xy), 2, 2))
+            jacobian[:, 0, 0] = gain + 2 * slope * x * x + 2 * p1 * y + 6 * p2 * x
+            jacobian[:, 1, 1] = gain + 2 * slope * y * y + 6 * p1 * y + 2 * p2 * x
+            jacobian[:, 0, 1] = jacobian[:, 1, 0] = 2 * slope * x * y + 2 * p1 * x + 2 * p2 * y
+            # The radial limit does not see the tangential terms; they fold where the determinant changes sign.
+            turned = jacobian[:, 0, 0] * jacobian[:, 1, 1] - jacobian[:, 0, 1] ** 2
+            outside = ~((s < self._limit**2) & (turned > 0))
+        out[outside] = np.nan
+        jacobian[outside] = np.nan
+        return out, jacobian
+
+    def undistort(self, xy: FloatArray) -> FloatArray:
+        """Return the points [N, 2] that ``distort`` takes to ``xy`` by damped Newton; NaN where there are none."""
+        with np.errstate(all="ignore"):
+            radius = np.hypot(xy[:, 0], xy[:, 1])
+            guess = xy * np.minimum(1.0, 0.9 * self._limit / np.maximum(radius, 1e-300))[:, None]
+            value, jacobian = self.distort(guess)
+            residual = value - xy
+            for _ in range(NEWTON_STEPS):
+                error = np.abs(residual).max(axis=1)
+                if not np.nanmax(error, initial=0.0) > NEWTON_TOLERANCE * 1e-3:
+                    break
+                step = _solve_2x2(jacobian, residual)
+                guess, value, jacobian, residual = self._damped(guess, step, xy, error, (value, jacobian, residual))
+            lost = ~(np.abs(residual).max(axis=1) < NEWTON_TOLERANCE)
+        return np.where(lost[:, None], np.nan, guess)
+
+    def _damped(
+        self,
+        guess: FloatArray,
+        step: FloatArray,
+        target: FloatArray,
+        error: FloatArray,
+        current: tuple[FloatArray, FloatArray, FloatArray],
+    ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+        """Take the Newton step, halved per point until it stays in range and does not overshoot."""
+        value, jacobian, residual = (array.copy() for array in current)
+        out = guess.copy()
+        open_points = np.flatnonzero(np.isfinite(step).all(axis=1))
+        factor = 1.0
+        for _ in range(12):
+            if not open_points.size:
+                break
+            trial = guess[open_points] - factor * step[open_points]
+            new_value, new_jacobian = self.distort(trial)
+            new_residual = new_value - target[open_points]
+            # NaN compares false: a step out of the valid range is halved like one that makes things worse.
+            good = np.abs(new_residual).max(axis=1) < 2 * error[open_points]
+            done = open_points[good]
+            out[done], value[done] = trial[good], new_value[good]
+            jacobian[done], residual[done] = new_jacobian[good], new_residual[good]
+            open_points = open_points[~good]
+            factor *= 0.5
+        return out, value, jacobian, residual
+
+
+def _solve_2x2(matrix: FloatArray, vector: FloatArray) -> FloatArray:
+    """Return matrix^-1 vector for [N, 2, 2] and [N, 2]; NaN or infinite where singular, never an exception."""
+    a, b, c, d = matrix[:, 0, 0], matrix[:, 0, 1], matrix[:, 1, 0], matrix[:, 1, 1]
+    u, v = vector[:, 0], vector[:, 1]
+    return np.stack([d * u - b * v, a * v - c * u], axis=1) / (a * d - b * c)[:, None]
+
+
+@lru_cache(maxsize=256)
+def _equidistant_limit(coefficients: tuple[float, ...]) -> float:
+    """Return the angle (rad) below which the distorted angle grows; pi/2 at most, where z = 0."""
+    k1, k2, k3, k4 = coefficients
+    slope = np.array([9 * k4, 7 * k3, 5 * k2, 3 * k1, 1.0])
+    return min(float(np.sqrt(_smallest_positive_root(slope))), 0.5 * np.pi)
+
+
+class EquidistantLens:
+    """The fisheye model of Kannala and Brandt (2006): the image radius is a polynomial in the angle to the axis.
+
+    coefficients: [4], k1..k4 of OpenCV's fisheye module.
+    """
+
+    def __init__(self, coefficients: FloatArray) -> None:
+        """Keep the coefficients and find where the model folds."""
+        self._k = tuple(float(k) for k in coefficients)
+        self._limit = _equidistant_limit(self._k)
+
+    def _angle(self, theta: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Return the distorted angle and its derivative."""
+        k1, k2, k3, k4 = self._k
+        s = theta * theta
+        value = theta * (1 + s * (k1 + s * (k2 + s * (k3 + s * k4))))
+        return value, 1 + s * (3 * k1 + s * (5 * k2 + s * (7 * k3 + s * 9 * k4)))
+
+    def distort(self, xy: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Return distorted points [N, 2] and their Jacobian [N, 2, 2]; NaN outside the model's valid range."""
+        with np.errstate(all="ignore"):
+            s = np.sum(xy * xy, axis=1)
+            radius = np.sqrt(s)
+            theta = np.arctan(radius)
+            angle, slope = self._angle(theta)
+            on_axis = radius < 1e-9
+            gain = np.where(on_axis, 1.0, angle / radius)
+            # d angle / d radius = slope / (1 + r^2); the Jacobian is gain I + (d gain / d s) 2 x x^T.
+            bend = np.where(on_axis, 0.0, (slope / (1 + s) - gain) / s)
+            out = gain[:, None] * xy
+            jacobian = gain[:, None, None] * np.eye(2) + bend[:, None, None] * (xy[:, :, None] * xy[:, None, :])
+            outside = ~(theta < self._limit)
+        out[outside] = np.nan
+        jacobian[outside] = np.nan
+        return out, jacobian
+
+    def undistort(self, xy: FloatArray) -> FloatArray:
+        """Return the points [N, 2] that ``distort`` takes to ``xy``, by safeguarded Newton; NaN where there are none.
+
+        On 0..limit the angle grows, so bisection always has a bracket to fall back to.
+        """
+        with np.errstate(all="ignore"):
+            target = np.sqrt(np.sum(xy * xy, axis=1))
+            low, high = np.zeros_like(target), np.full_like(target, self._limit)
+            theta = np.minimum(target, 0.9 * self._limit)
+            for _ in range(2 * NEWTON_STEPS):
+                angle, slope = self._angle(theta)
+                residual = angle - target
+                if not np.nanmax(np.abs(residual), initial=0.0) > NEWTON_TOLERANCE * 1e-4:
+                    break
+                high = np.where(residual > 0, theta, high)
+                low = np.where(residual < 0, theta, low)
+                newton = theta - residual / slope
+                theta = np.where((newton > low) & (newton < high), newton, 0.5 * (low + high))
+            lost = ~((np.abs(self._angle(theta)[0] - target) < NEWTON_TOLERANCE) & (theta < self._limit))
+            gain = np.where(target < 1e-9, 1.0, np.tan(theta) / target)
+        return np.where(lost[:, None], np.nan, gain[:, None] * xy)
