@@ -34,6 +34,7 @@ class Crop:
     size: tuple[int, int]
 
     def __post_init__(self) -> None:
+        """Check and freeze the fields."""
         matrix = np.array(self.matrix, dtype=np.float64)
         if matrix.shape != (2, 3) or not np.isfinite(matrix).all():
             raise ValueError(f"Crop.matrix must be a finite [2, 3] array, got shape {matrix.shape}.")
@@ -56,16 +57,16 @@ class Crop:
         """Return the [2, 3] affine from crop pixels back to source pixels."""
         (a, b, c), (d, e, f) = self.matrix.tolist()
         det = a * e - b * d
-        return np.array([[e, -b, b * f - c * e], [-d, a, c * d - a * f]]) / det
+        return np.asarray(np.array([[e, -b, b * f - c * e], [-d, a, c * d - a * f]]) / det)
 
     def to_crop(self, xy: npt.ArrayLike) -> FloatArray:
         """Map points [..., 2] from source px to crop px."""
-        return np.asarray(xy, dtype=np.float64) @ self.matrix[:, :2].T + self.matrix[:, 2]
+        return np.asarray(np.asarray(xy, dtype=np.float64) @ self.matrix[:, :2].T + self.matrix[:, 2])
 
     def to_source(self, xy: npt.ArrayLike) -> FloatArray:
         """Map points [..., 2] from crop px to source px."""
         inverse = self.inverse_matrix()
-        return np.asarray(xy, dtype=np.float64) @ inverse[:, :2].T + inverse[:, 2]
+        return np.asarray(np.asarray(xy, dtype=np.float64) @ inverse[:, :2].T + inverse[:, 2])
 
     def cov_to_source(self, cov: npt.ArrayLike) -> FloatArray:
         """Map a covariance from crop px² to source px².
