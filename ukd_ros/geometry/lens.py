@@ -16,8 +16,8 @@ import numpy as np
 from ukd_ros.geometry.arrays import FloatArray
 
 NEWTON_STEPS = 30
-NEWTON_TOLERANCE = 1e-11
-"""Residual on the plane z = 1; with a focal length of 1,000 px this is 1e-8 px."""
+NEWTON_TOLERANCE = 1e-12
+"""Residual on the plane z = 1; with a focal length of 1,000 px this is 1e-9 px."""
 
 
 class Lens(Protocol):
@@ -94,42 +94,39 @@ class RationalLens:
             guess = xy * np.minimum(1.0, 0.9 * self._limit / np.maximum(radius, 1e-300))[:, None]
             value, jacobian = self.distort(guess)
             residual = value - xy
+            error = np.abs(residual).max(axis=1)
+            active = np.flatnonzero(error > NEWTON_TOLERANCE)
             for _ in range(NEWTON_STEPS):
-                error = np.abs(residual).max(axis=1)
-                if not np.nanmax(error, initial=0.0) > NEWTON_TOLERANCE * 1e-3:
+                if not active.size:
                     break
-                step = _solve_2x2(jacobian, residual)
-                guess, value, jacobian, residual = self._damped(guess, step, xy, error, (value, jacobian, residual))
-            lost = ~(np.abs(residual).max(axis=1) < NEWTON_TOLERANCE)
-        return np.where(lost[:, None], np.nan, guess)
+                step = _solve_2x2(jacobian[active], residual[active])
+                moved = self._moved(guess[active], step, xy[active], error[active])
+                guess[active], residual[active], jacobian[active] = moved
+                now = np.abs(residual[active]).max(axis=1)
+                # A point that no step length improves is stuck at the edge of the range: nothing is seen there.
+                going = (now > NEWTON_TOLERANCE) & (now < error[active])
+                error[active] = now
+                active = active[going]
+        return np.where((error <= NEWTON_TOLERANCE)[:, None], guess, np.nan)
 
-    def _damped(
-        self,
-        guess: FloatArray,
-        step: FloatArray,
-        target: FloatArray,
-        error: FloatArray,
-        current: tuple[FloatArray, FloatArray, FloatArray],
-    ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
-        """Take the Newton step, halved per point until it stays in range and does not overshoot."""
-        value, jacobian, residual = (array.copy() for array in current)
-        out = guess.copy()
-        open_points = np.flatnonzero(np.isfinite(step).all(axis=1))
+    def _moved(
+        self, guess: FloatArray, step: FloatArray, target: FloatArray, error: FloatArray
+    ) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Return (guess, residual, jacobian) after the step, halved per point until it stays in range and improves."""
+        out = guess - step
+        value, jacobian = self.distort(out)
+        residual = value - target
         factor = 1.0
         for _ in range(12):
-            if not open_points.size:
-                break
-            trial = guess[open_points] - factor * step[open_points]
-            new_value, new_jacobian = self.distort(trial)
-            new_residual = new_value - target[open_points]
             # NaN compares false: a step out of the valid range is halved like one that makes things worse.
-            good = np.abs(new_residual).max(axis=1) < 2 * error[open_points]
-            done = open_points[good]
-            out[done], value[done] = trial[good], new_value[good]
-            jacobian[done], residual[done] = new_jacobian[good], new_residual[good]
-            open_points = open_points[~good]
+            bad = np.flatnonzero(~(np.abs(residual).max(axis=1) < error))
+            if not bad.size:
+                break
             factor *= 0.5
-        return out, value, jacobian, residual
+            out[bad] = guess[bad] - factor * step[bad]
+            value, jacobian[bad] = self.distort(out[bad])
+            residual[bad] = value - target[bad]
+        return out, residual, jacobian
 
 
 def _solve_2x2(matrix: FloatArray, vector: FloatArray) -> FloatArray:
@@ -195,12 +192,12 @@ class EquidistantLens:
             for _ in range(2 * NEWTON_STEPS):
                 angle, slope = self._angle(theta)
                 residual = angle - target
-                if not np.nanmax(np.abs(residual), initial=0.0) > NEWTON_TOLERANCE * 1e-4:
+                if not np.nanmax(np.abs(residual), initial=0.0) > NEWTON_TOLERANCE:
                     break
                 high = np.where(residual > 0, theta, high)
                 low = np.where(residual < 0, theta, low)
                 newton = theta - residual / slope
                 theta = np.where((newton > low) & (newton < high), newton, 0.5 * (low + high))
-            lost = ~((np.abs(self._angle(theta)[0] - target) < NEWTON_TOLERANCE) & (theta < self._limit))
+            lost = ~((np.abs(self._angle(theta)[0] - target) <= NEWTON_TOLERANCE) & (theta < self._limit))
             gain = np.where(target < 1e-9, 1.0, np.tan(theta) / target)
         return np.where(lost[:, None], np.nan, gain[:, None] * xy)
