@@ -2,8 +2,8 @@
 """From sensor messages to a `View`: the same functions for a live topic and for a bag.
 
 A message is read by plain attribute access, so rclpy's and rosbags' message classes serve alike, ROS 1's too. Whatever
-a driver may send wrong is an `ImageError` or a `CameraInfoError`: a sentence that says what is wrong and what cures it. The
-caller adds the topic's name.
+a driver may send wrong is an `ImageError` or a `CameraInfoError`: a sentence that says what is wrong and what cures
+it. The caller adds the topic's name.
 """
 
 from __future__ import annotations
@@ -262,9 +262,9 @@ def _field(info: Any, name: str) -> npt.NDArray[np.float64]:
 def camera_from_message(info: Any, rectified: bool) -> Camera:
     """Return the camera of the images that belong to a sensor_msgs/CameraInfo.
 
-    ``rectified`` says which image is meant: True takes P[:3,:3] and no distortion, False K and D. The region of interest
-    and the binning are applied, so the camera has the size of the published image; binned pixels keep their centres
-    ((c + 0.5) / b - 0.5). Raises CameraInfoError.
+    ``rectified`` says which image is meant: True takes P[:3,:3] and no distortion, False K and D. The region of
+    interest and the binning are applied, so the camera has the size of the published image; binned pixels keep their
+    centres ((c + 0.5) / b - 0.5). Raises CameraInfoError.
     """
     width, height = int(info.width), int(info.height)
     if width < 1 or height < 1:
@@ -289,7 +289,7 @@ def _projection(info: Any, rectified: bool) -> npt.NDArray[np.float64]:
         raise CameraInfoError(f"CameraInfo.{name} has {values.size} values, but {3 * columns} are needed.")
     if not np.isfinite(values).all():
         raise CameraInfoError(
-            f"CameraInfo.{name} contains NaN or infinity. The calibration file is damaged: run camera_calibration again."
+            f"CameraInfo.{name} contains NaN or infinity. The calibration file is damaged: run camera_calibration."
         )
     matrix = values.reshape(3, columns)[:, :3]
     if matrix[0, 0] == 0.0 or matrix[1, 1] == 0.0:
@@ -311,7 +311,7 @@ def _distortion(info: Any) -> tuple[DistortionModel, npt.NDArray[np.float64]]:
     name = str(info.distortion_model)
     if not np.isfinite(coefficients).all():
         raise CameraInfoError(
-            "CameraInfo.D contains NaN or infinity. The calibration file is damaged: run camera_calibration again."
+            "CameraInfo.D contains NaN or infinity. The calibration file is damaged: run camera_calibration."
         )
     if name in ("", "none") and not coefficients.any():
         return DistortionModel.NONE, np.zeros(0)
@@ -337,8 +337,8 @@ def _windowed(camera: Camera, info: Any) -> Camera:
     inside = x >= 0 and y >= 0 and x + width <= camera.width and y + height <= camera.height
     if not inside or out_width < 1 or out_height < 1:
         raise CameraInfoError(
-            f"CameraInfo.roi is {width}x{height} at ({x}, {y}) with binning {binning_x}x{binning_y}, which does not fit "
-            f"the {camera.width}x{camera.height} sensor. Correct the driver's region of interest and binning."
+            f"CameraInfo.roi is {width}x{height} at ({x}, {y}) with binning {binning_x}x{binning_y}, which does not "
+            f"fit the {camera.width}x{camera.height} sensor. Correct the driver's region of interest and binning."
         )
     if (x, y, width, height) != (0, 0, camera.width, camera.height):
         # Pixels that fill no whole bin are not published.
