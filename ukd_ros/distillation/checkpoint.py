@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training checkpoints: everything a run needs to go on, written whole, read without executing anything."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ukd_ros.geometry.object_model import ObjectModel, Symmetries
+from ukd_ros.perception.network import KeypointNetwork, NetworkConfig
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A network with its optimizer state, the steps done, the training settings and the objects it knows."""
+
+    network: KeypointNetwork
+    optimizer: dict[str, Any]
+    step: int
+    config: dict[str, Any]
+    models: tuple[ObjectModel, ...]
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint by rename: an interruption leaves the previous one."""
+    content = {
+        "format": FORMAT,
+        "network_config": asdict(checkpoint.network.config),
+        "network": checkpoint.network.state_dict(),
+        "optimizer": checkpoint.optimizer,
+        "step": checkpoint.step,
+        "config": checkpoint.config,
+        "models": [
+            {
+                "name": m.name,
+                "keypoints_3d": torch.tensor(np.array(m.keypoints_3d)),
+                "diameter": float(m.diameter),
+                "symmetries": m.symmetries.to_bop(),
+            }
+            for m in checkpoint.models
+        ],
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint; CheckpointError when it is missing, truncated or of another format."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint; `ukd train` writes one")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({error}); train again or use an older copy") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(f"{path}: checkpoint format {found} is not {FORMAT}, the one this version reads")
+    settings = dict(content["network_config"])
+    for key in ("classes", "mean", "std"):
+        settings[key] = tuple(settings[key])
+    network = KeypointNetwork(NetworkConfig(**settings))
+    network.load_state_dict(content["network"])
+    models = tuple(
+        ObjectModel(m["name"], m["keypoints_3d"].numpy(), m["diameter"], Symmetries.from_bop(m["symmetries"]))
+        for m in content["models"]
+    )
+    return Checkpoint(network, content["optimizer"], int(content["step"]), content["config"], models)

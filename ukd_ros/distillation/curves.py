@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training curves as a picture."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def draw_curves(metrics: Path, out: Path) -> None:
+    """Draw loss terms, errors and learning rate from a metrics.jsonl file as a PNG, by rename."""
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not records:
+        return
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 3)
+    samples = np.array([r["samples"] for r in records])
+    for name in ("loss", "focal", "ray"):
+        panels[0].plot(samples, [r[name] for r in records], label=name)
+    panels[0].set_yscale("log")
+    panels[0].set_title("loss")
+    panels[1].plot(samples, [r["error_px"] for r in records], label="training votes (mean)")
+    checked = [r for r in records if "val_px" in r]
+    if checked:
+        panels[1].plot([r["samples"] for r in checked], [r["val_px"] for r in checked], "o-", label="held out (median)")
+    panels[1].set_yscale("log")
+    panels[1].set_title("keypoint error, px of the window")
+    panels[2].plot(samples, [r["nll"] for r in records], label="scale NLL")
+    panels[2].set_title("negative log-likelihood of the votes")
+    for panel in panels:
+        panel.set_xlabel("training windows")
+        panel.grid(alpha=0.3)
+        panel.legend()
+    temporary = out.with_name(f".{out.stem}.{os.getpid()}.png")
+    figure.savefig(temporary, dpi=90)
+    os.replace(temporary, out)

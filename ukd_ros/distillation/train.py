@@ -1,0 +1,418 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Supervised training: one visible loop over windows of labelled views.
+
+A step is a function of its number: sample indices, learning rate and micro-batches follow from it, so that an interrupted run continues
+with the same numbers, and several processes (torchrun) take the same steps as one: they share out the micro-batches,
+the loss is normalised by counts over the whole batch, and batch norm never looks beyond a micro-batch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ukd_ros.data.dataset import WindowConfig, WindowDataset
+from ukd_ros.distillation.assignment import Assignment, assign
+from ukd_ros.distillation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ukd_ros.distillation.curves import draw_curves
+from ukd_ros.distillation.losses import focal_loss, gaussian_nll, ray_loss
+from ukd_ros.distillation.parallel import Processes
+from ukd_ros.geometry.object_model import ObjectModel
+from ukd_ros.perception.network import KeypointNetwork, NetworkConfig, cell_geometry, decode_scale
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a network is trained.
+
+    `steps` of `batch_size` windows each, taken in micro-batches of `micro_batch` (the unit of batch norm; the same for
+    any number of processes). `learning_rate` is the peak of a one-cycle schedule with `warmup` as the rising
+    fraction; `weight_decay` is AdamW's; `clip_norm` bounds the gradient. `positives`: cells that vote for one
+    object. `focal_weight`, `ray_weight`, `nll_weight`: the loss. `checkpoint_every`, `log_every`,
+    `validate_every`: in steps (0 = never validate). `device`: auto, cpu or cuda; `threads`: torch's (0 = its own choice).
+    """
+
+    architecture: str = "lean"
+    width_factor: float = 1.0
+    steps: int = 6000
+    batch_size: int = 32
+    micro_batch: int = 16
+    learning_rate: float = 2e-3
+    warmup: float = 0.08
+    weight_decay: float = 0.02
+    clip_norm: float = 5.0
+    positives: int = 10
+    focal_weight: float = 1.0
+    ray_weight: float = 10.0
+    nll_weight: float = 0.2
+    seed: int = 0
+    checkpoint_every: int = 250
+    log_every: int = 25
+    validate_every: int = 500
+    validate_windows: int = 512
+    device: str = "auto"
+    threads: int = 0
+    window: WindowConfig = field(default_factory=WindowConfig)
+
+    def __post_init__(self) -> None:
+        """Refuse schedules that cannot run."""
+        for name in ("steps", "batch_size", "micro_batch", "positives", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"train.{name}: must be at least 1, not {getattr(self, name)}")
+        if self.batch_size % self.micro_batch:
+            raise ValueError(f"train.batch_size: {self.batch_size} is no multiple of micro_batch {self.micro_batch}")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"train.device: {self.device!r} is none of auto, cpu, cuda")
+        if not 0.0 < self.warmup < 1.0:
+            raise ValueError(f"train.warmup: must be inside 0..1, not {self.warmup}")
+
+
+@dataclass(frozen=True, eq=False)
+class TrainResult:
+    """What a call of `train` did: the step it reached, whether that is the last one, and the newest checkpoint."""
+
+    step: int
+    finished: bool
+    checkpoint: Path
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss became NaN or infinite; the last good checkpoint is kept."""
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Return the one-cycle learning rate of a step: linear to the peak, then half a cosine to a thousandth of it."""
+    rising = max(1, round(config.warmup * config.steps))
+    if step < rising:
+        return config.learning_rate * (step + 1) / rising
+    progress = (step - rising) / max(1, config.steps - rising)
+    return config.learning_rate * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def train(
+    config: TrainConfig,
+    data: WindowDataset,
+    models: Sequence[ObjectModel],
+    out: Path,
+    *,
+    held_out: WindowDataset | None = None,
+    resume: bool = False,
+    time_budget_s: float | None = None,
+    progress: bool = True,
+) -> TrainResult:
+    """Train a network on `data`; checkpoints, metrics.jsonl and curves.png appear under `out`.
+
+    `time_budget_s` stops and checkpoints when the time is up; the schedule does not change, `resume` goes on.
+    FileExistsError when `out` holds a run and `resume` is False; ValueError when the run there had another
+    configuration; TrainingDiverged when a loss is not finite.
+    """
+    started = time.monotonic()
+    processes = Processes.from_environment()
+    device = _device(config, processes)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    cv2.setNumThreads(1)  # the batches are made in a thread of their own
+    torch.manual_seed(config.seed)
+    network = KeypointNetwork(NetworkConfig(config.architecture, tuple(m.name for m in models), models[0].keypoints_3d.shape[0], config.width_factor))
+    network = network.to(device).channels_last()
+    optimizer = _optimizer(network, config)
+    norms = NormStatistics(network)
+    path = out / "checkpoint.pt"
+    if path.exists() and not resume:
+        raise FileExistsError(f"{path}: there is a training run already; continue it with --resume or choose another folder")
+    step = _restore(path, network, optimizer, norms, config) if path.exists() else 0
+    out.mkdir(parents=True, exist_ok=True)
+    batches = _Batches(config, data, len(models), models[0].keypoints_3d.shape[0], step, processes)
+    bar = tqdm(total=config.steps, initial=step, desc="training", unit="step", disable=not progress or processes.rank > 0)
+    window: list[dict[str, float]] = []
+    tick, tick_step = time.monotonic(), step
+    network.train()
+    try:
+        for micro_batches in batches:
+            # 1. gradients of this process's share, normalised by counts over the whole batch
+            optimizer.zero_grad(set_to_none=True)
+            terms = _backward(network, norms, micro_batches, config, processes, device)
+            processes.sum_gradients(network)
+            if not math.isfinite(terms["loss"]):
+                bad = [name for name, value in terms.items() if not math.isfinite(value)]
+                raise TrainingDiverged(f"step {step}: {', '.join(bad)} is not finite; the last good checkpoint is {path}")
+            # 2. the step
+            nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, config)
+            optimizer.step()
+            norms.update(processes)
+            step += 1
+            window.append(terms)
+            bar.update()
+            # 3. what people and programs read
+            if step % config.log_every == 0 or step == config.steps:
+                record = _record(step, window, config, (step - tick_step) / (time.monotonic() - tick))
+                if held_out is not None and config.validate_every and (step % config.validate_every == 0 or step == config.steps):
+                    norms.store(network)
+                    record |= validate(network, held_out, config)
+                if processes.rank == 0:
+                    _append(out / "metrics.jsonl", record)
+                bar.set_postfix(loss=f"{record['loss']:.3f}", px=f"{record['error_px']:.2f}")
+                window, tick, tick_step = [], time.monotonic(), step
+            over = processes.any(time_budget_s is not None and time.monotonic() - started > time_budget_s)
+            if step % config.checkpoint_every == 0 or step == config.steps or over:
+                norms.store(network)
+                if processes.rank == 0:
+                    save_checkpoint(path, Checkpoint(network, optimizer.state_dict(), step, asdict(config), tuple(models)))
+                    draw_curves(out / "metrics.jsonl", out / "curves.png")
+            if step == config.steps or over:
+                break
+    finally:
+        batches.close()
+        bar.close()
+    return TrainResult(step, step >= config.steps, path)
+
+
+def _backward(
+    network: KeypointNetwork,
+    norms: NormStatistics,
+    micro_batches: list[tuple[Tensor, Assignment]],
+    config: TrainConfig,
+    processes: Processes,
+    device: torch.device,
+) -> dict[str, float]:
+    """Accumulate gradients over this process's micro-batches; return the loss terms of the whole batch."""
+    votes = sum(len(targets.batch) for _, targets in micro_batches)
+    total_votes = max(1.0, processes.sum(torch.tensor([float(votes)], dtype=torch.float64))[0].item())
+    size = config.window.size
+    _, anchors = cell_geometry(size, size)
+    centres = cell_geometry(size, size)[0].to(device)
+    anchors = anchors.to(device)
+    sums = torch.zeros(5, dtype=torch.float64)
+    for image, targets in micro_batches:
+        image = image.to(device, torch.float32).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            raw = network.raw(image)
+        norms.collect(network)
+        state = torch.from_numpy(targets.state).to(device)
+        focal = focal_loss(raw.logit.float(), state) / total_votes
+        b, n, c = (torch.from_numpy(x).to(device) for x in (targets.batch, targets.cell, targets.class_index))
+        keypoints = raw.offset.shape[3]
+        anchor = anchors[n][:, None, None]
+        xy = centres[n][:, None, :] + anchor * raw.offset[b, n, c].float()
+        scale = decode_scale(raw.scale[b, n, c].float(), anchor)
+        truth = torch.from_numpy(targets.xy).to(device)
+        error = truth - xy
+        ray = ray_loss(
+            xy,
+            torch.from_numpy(targets.points_camera).to(device),
+            torch.from_numpy(targets.ray_matrix).to(device),
+            torch.from_numpy(targets.diameter).to(device),
+        ) / (total_votes * keypoints)
+        nll = gaussian_nll(error.detach(), scale) / (total_votes * keypoints)
+        loss = config.focal_weight * focal + config.ray_weight * ray + config.nll_weight * nll
+        loss.backward()  # type: ignore[no-untyped-call]
+        error_px = error.detach().norm(dim=-1).sum() / (total_votes * keypoints)
+        sums += torch.stack([loss.detach(), focal.detach(), ray.detach(), nll.detach(), error_px]).double().cpu()
+    totals = processes.sum(sums)
+    return dict(zip(("loss", "focal", "ray", "nll", "error_px"), totals.tolist(), strict=True))
+
+
+class NormStatistics:
+    """Running statistics of batch norm, averaged over all micro-batches of a step on all processes.
+
+    torch would fold micro-batches in one after the other, in an order that depends on the number of processes. Here
+    every forward pass leaves its own statistics (momentum 1), and the step averages them.
+    """
+
+    def __init__(self, network: nn.Module, momentum: float = 0.02) -> None:
+        self.layers = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+        for layer in self.layers:
+            layer.momentum = 1.0
+        self.momentum = momentum
+        self.average = [b.detach().clone() for b in self._buffers()]
+        self._sums = [torch.zeros_like(b) for b in self.average]
+        self._count = 0
+
+    def _buffers(self) -> list[Tensor]:
+        buffers: list[Tensor] = []
+        for layer in self.layers:
+            if layer.running_mean is not None and layer.running_var is not None:
+                buffers += [layer.running_mean, layer.running_var]
+        return buffers
+
+    def collect(self, network: nn.Module) -> None:
+        """Note the statistics that the last forward pass left."""
+        with torch.no_grad():
+            torch._foreach_add_(self._sums, self._buffers())
+        self._count += 1
+
+    def update(self, processes: Processes) -> None:
+        """Fold the step's mean statistics into the running average."""
+        flat = torch.cat([s.flatten() for s in self._sums] + [torch.tensor([float(self._count)], device=self._sums[0].device)])
+        flat = processes.sum(flat)
+        mean = flat[:-1] / flat[-1]
+        start = 0
+        for average, total in zip(self.average, self._sums, strict=True):
+            part = mean[start : start + average.numel()].view_as(average)
+            average.lerp_(part, self.momentum)
+            start += average.numel()
+            total.zero_()
+        self._count = 0
+
+    def store(self, network: nn.Module) -> None:
+        """Write the running average into the layers, for evaluation and checkpoints."""
+        for buffer, average in zip(self._buffers(), self.average, strict=True):
+            buffer.copy_(average)
+
+    def load(self, network: nn.Module) -> None:
+        """Take the running average from the layers, after a checkpoint was loaded into them."""
+        self.average = [b.detach().clone() for b in self._buffers()]
+
+
+@torch.no_grad()
+def validate(network: KeypointNetwork, data: WindowDataset, config: TrainConfig, batch: int = 32) -> dict[str, float]:
+    """Return the error of the best-scored vote of each learnable object in held-out windows.
+
+    `val_px`: median error (px of the window), `val_found`: fraction of objects whose best cell scores above 0.3.
+    """
+    device = next(network.parameters()).device
+    network.eval()
+    errors: list[float] = []
+    scores: list[float] = []
+    for start in range(0, config.validate_windows, batch):
+        samples = [data.sample(i) for i in range(start, min(start + batch, config.validate_windows))]
+        image = torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).to(device, torch.float32)
+        score, xy, _ = network(image)
+        targets = assign(samples, score.shape[2], xy.shape[3], config.positives)
+        cells = np.concatenate(([0], np.flatnonzero(np.any(targets.xy[1:] != targets.xy[:-1], axis=(1, 2))) + 1)) if len(targets.batch) else []
+        ends = [*cells[1:], len(targets.batch)] if len(cells) else []
+        for first, last in zip(cells, ends, strict=True):
+            b, c = targets.batch[first], targets.class_index[first]
+            own = targets.cell[first:last]
+            best = int(own[int(score[b, own, c].argmax())])
+            scores.append(float(score[b, best, c]))
+            errors.append(float(np.linalg.norm(xy[b, best, c].cpu().numpy() - targets.xy[first], axis=1).mean()))
+    network.train()
+    if not errors:
+        return {"val_px": float("nan"), "val_found": float("nan")}
+    return {"val_px": float(np.median(errors)), "val_found": float(np.mean(np.array(scores) > 0.3))}
+
+
+class _Batches:
+    """Makes this process's micro-batches ahead of time in a thread; iteration starts at `step` and never ends."""
+
+    def __init__(
+        self, config: TrainConfig, data: WindowDataset, classes: int, keypoints: int, step: int, processes: Processes
+    ) -> None:
+        self._make = (config, data, classes, keypoints, processes)
+        self._queue: queue.Queue[list[tuple[Tensor, Assignment]] | BaseException] = queue.Queue(maxsize=3)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(step,), name="batches", daemon=True)
+        self._thread.start()
+
+    def _run(self, step: int) -> None:
+        try:
+            while not self._stop.is_set():
+                self._put(self._batch(step))
+                step += 1
+        except BaseException as error:  # handed to the training loop, which raises it
+            self._put(error)
+
+    def _put(self, item: list[tuple[Tensor, Assignment]] | BaseException) -> None:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.2)
+                return
+            except queue.Full:
+                continue
+
+    def _batch(self, step: int) -> list[tuple[Tensor, Assignment]]:
+        config, data, classes, keypoints, processes = self._make
+        out = []
+        for micro in range(processes.rank, config.batch_size // config.micro_batch, processes.count):
+            first = step * config.batch_size + micro * config.micro_batch
+            samples = [data.sample(first + i) for i in range(config.micro_batch)]
+            image = torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2)
+            out.append((image, assign(samples, classes, keypoints, config.positives)))
+        return out
+
+    def __iter__(self) -> Iterator[list[tuple[Tensor, Assignment]]]:
+        while True:
+            item = self._queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        """Stop the thread."""
+        self._stop.set()
+        self._thread.join(timeout=10)
+
+
+def _device(config: TrainConfig, processes: Processes) -> torch.device:
+    """Return the device asked for; ValueError when it is not there or the processes outnumber the micro-batches."""
+    if (config.batch_size // config.micro_batch) % processes.count:
+        raise ValueError(
+            f"train.micro_batch: {config.batch_size // config.micro_batch} micro-batches a step cannot be shared evenly by "
+            f"{processes.count} processes; make micro_batch smaller (a run started with another value cannot be resumed)"
+        )
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("train.device: cuda was asked for, but torch sees no CUDA device here; use cpu or auto")
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.set_float32_matmul_precision("high")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def _optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; biases and norms are not decayed."""
+    decay = [p for p in network.parameters() if p.dim() > 1]
+    rest = [p for p in network.parameters() if p.dim() <= 1]
+    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99))
+
+
+def _restore(path: Path, network: KeypointNetwork, optimizer: torch.optim.Optimizer, norms: NormStatistics, config: TrainConfig) -> int:
+    """Load a checkpoint into the parts; ValueError naming the first setting that differs."""
+    content = load_checkpoint(path)
+    mine, theirs = _plain(asdict(config)), _plain(content.config)
+    free = {"device", "threads", "checkpoint_every", "log_every", "validate_every", "validate_windows"}
+    for key in sorted(set(mine) | set(theirs)):
+        if key not in free and mine.get(key) != theirs.get(key):
+            raise ValueError(f"{path}: was trained with {key} = {theirs.get(key)}, not {mine.get(key)}; --resume needs the same")
+    network.load_state_dict(content.network.state_dict())
+    optimizer.load_state_dict(content.optimizer)
+    norms.load(network)
+    return content.step
+
+
+def _plain(value: Any) -> Any:
+    """Return settings as JSON would give them back, for comparison."""
+    return json.loads(json.dumps(value))
+
+
+def _record(step: int, window: list[dict[str, float]], config: TrainConfig, steps_per_s: float) -> dict[str, float]:
+    """Return one line of metrics: means since the last line."""
+    record = {name: float(np.mean([terms[name] for terms in window])) for name in window[0]}
+    record |= {"step": step, "samples": step * config.batch_size, "lr": learning_rate(step - 1, config)}
+    return record | {"images_per_s": steps_per_s * config.batch_size}
+
+
+def _append(path: Path, record: dict[str, float]) -> None:
+    """Add one JSON line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
