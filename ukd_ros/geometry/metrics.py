@@ -27,7 +27,7 @@ def add(estimate: Pose, truth: Pose, points: npt.ArrayLike) -> float:
 
 
 def add_s(estimate: Pose, truth: Pose, points: npt.ArrayLike) -> float:
-    """Return ADD-S (ADI), m, for symmetric objects: the mean distance from each true point to the nearest estimated one.
+    """Return ADD-S (ADI), m, for symmetric objects: the mean distance from a true point to the nearest estimated one.
 
     The search is exact and quadratic in the number of points [N, 3]; give a few thousand.
     """
