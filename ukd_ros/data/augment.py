@@ -16,6 +16,7 @@ Image = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.uint8]
 
 _NOISE_SIDE = 512
+_LEVELS = np.linspace(0.0, 1.0, 256, dtype=np.float32)[:, None]
 _noise_bank: npt.NDArray[np.float32] | None = None
 
 
@@ -127,11 +128,10 @@ def _colour(image: Image, config: AugmentConfig, rng: np.random.Generator) -> Im
         grey = np.array([0.299, 0.587, 0.114], np.float32)
         mix = np.eye(3, dtype=np.float32) * saturation + (1.0 - saturation) * grey[None, :]
         image = cv2.transform(image, mix)  # type: ignore[assignment]
-    level = np.linspace(0.0, 1.0, 256, dtype=np.float32)[:, None]
     gamma = np.exp(rng.uniform(-1, 1) * config.gamma)
     contrast = 1.0 + rng.uniform(-1, 1) * config.contrast
     gain = np.exp(rng.uniform(-1, 1) * config.brightness + rng.uniform(-1, 1, 3) * config.colour_cast)
-    table = ((level**gamma) * gain - 0.5 * gain.mean()) * contrast + 0.5 * gain.mean()
+    table = ((_LEVELS**gamma) * gain - 0.5 * gain.mean()) * contrast + 0.5 * gain.mean()
     lookup = np.clip(table * 255.0 + 0.5, 0, 255).astype(np.uint8).reshape(256, 1, 3)
     return cv2.LUT(image, lookup)  # type: ignore[return-value]
 

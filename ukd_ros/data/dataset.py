@@ -105,13 +105,17 @@ class TrainingSample:
 
 @dataclass(frozen=True, eq=False)
 class _Frame:
-    """A decoded view as the windows need it; `instances` numbers its objects' visible pixels from 1."""
+    """A decoded view as the windows need it.
+
+    `instances` numbers its objects' visible pixels from 1; `visible` and `area` (px²) are one value per object.
+    """
 
     image: npt.NDArray[np.uint8]
     instances: npt.NDArray[np.uint8]
     matrix: FloatArray
     objects: tuple[WindowObject, ...]
     visible: tuple[float, ...]
+    area: FloatArray
 
 
 class WindowDataset:
@@ -186,7 +190,7 @@ class WindowDataset:
         ).astype(np.uint8)
         area_scale = float(np.abs(np.linalg.det(warp[:, :2])))
         inside = np.bincount(mask.ravel(), minlength=len(frame.objects) + 1)[1:]
-        whole = np.bincount(frame.instances.ravel(), minlength=len(frame.objects) + 1)[1:] * area_scale
+        whole = frame.area * area_scale
         objects: list[WindowObject] = []
         renumber = np.zeros(256, np.uint8)
         for number, item in enumerate(frame.objects):
@@ -253,4 +257,5 @@ def _load_frame(view: LabelledView, models: tuple[ObjectModel, ...]) -> _Frame:
         objects.append(WindowObject(class_index, xy, points, model.diameter, size, bad))
         visible.append(label.visible_fraction)
         instances[label.mask] = len(objects)
-    return _Frame(np.ascontiguousarray(view.image), instances, view.camera.matrix, tuple(objects), tuple(visible))
+    area = np.bincount(instances.ravel(), minlength=len(objects) + 1)[1:].astype(np.float64)
+    return _Frame(np.ascontiguousarray(view.image), instances, view.camera.matrix, tuple(objects), tuple(visible), area)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -77,16 +78,16 @@ def _assign_object(
     coverage = mask.astype(np.float32)
     if not mask.any():
         return []
-    v, u = np.nonzero(mask)
-    centroid = np.array([u.mean(), v.mean()])
+    moments = cv2.moments(mask.astype(np.uint8), binaryImage=True)
+    centre_u, centre_v = moments["m10"] / moments["m00"], moments["m01"] / moments["m00"]
     chosen: list[int] = []
     start = 0
     for stride, share in zip(STRIDES, shares, strict=True):
         side = size // stride
         cover = cv2.resize(coverage, (side, side), interpolation=cv2.INTER_AREA).ravel()
         if share > 0 or item.ignored:
-            grid = (np.arange(side) + 0.5) * stride - 0.5
-            distance = np.hypot(*(np.stack(np.meshgrid(grid, grid)).reshape(2, -1) - centroid[:, None]))
+            cell_u, cell_v = _centres(side, stride)
+            distance = np.hypot(cell_u - centre_u, cell_v - centre_v)
             touched = cover > 0.1
             block = state[start : start + side * side]
             block[touched & (block != POSITIVE)] = IGNORED
@@ -101,3 +102,11 @@ def _assign_object(
                 chosen.extend(int(start + cell) for cell in best)
         start += side * side
     return chosen
+
+
+@lru_cache(maxsize=16)
+def _centres(side: int, stride: int) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return u and v [side * side] px of one level's cell centres."""
+    grid = (np.arange(side) + 0.5) * stride - 0.5
+    u, v = np.meshgrid(grid, grid)
+    return u.ravel(), v.ravel()
