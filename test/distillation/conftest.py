@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put the cube views on the path of these tests."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
