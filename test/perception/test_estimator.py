@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Views become poses: with a network that is replaced by the truth plus noise, everything else is the real thing.
+
+The test image carries its own coordinates in its colours, so the fake network learns from the pixels of its crop where
+that crop was cut: a wrong crop, letterbox or mapping back shows up as a wrong pose.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from ukd_ros.geometry.camera import Camera, DistortionModel
+from ukd_ros.geometry.estimate import RejectReason
+from ukd_ros.geometry.object_model import ObjectModel
+from ukd_ros.geometry.pose import Pose, exp_so3
+from ukd_ros.geometry.view import View
+from ukd_ros.perception.backends import RawVotes
+from ukd_ros.perception.estimator import EstimatorOptions, PoseEstimator
+from ukd_ros.perception.pnp import PnpOptions
+from ukd_ros.perception.votes import Calibration
+
+CORNERS = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], dtype=np.float64)
+BOX = ObjectModel("box", CORNERS * [0.04, 0.03, 0.05], 0.14)
+ROD = ObjectModel("rod", CORNERS * [0.08, 0.015, 0.02], 0.17)
+VGA = Camera(640, 480, np.array([[600.0, 0.0, 319.5], [0.0, 600.0, 239.5], [0.0, 0.0, 1.0]]))
+
+
+@dataclass
+class World:
+    """The truth that the fake network sees: which objects are where, and how well it sees them."""
+
+    camera: Camera = VGA
+    objects: list[tuple[int, Pose]] = field(default_factory=list)
+    blind_zoom: bool = False
+    zoom_runs: int = 0
+    locate_runs: int = 0
+    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+
+    def view(self, stamp_ns: int = 0) -> View:
+        """Return an image whose red and green channels are the column and row."""
+        u, v = np.meshgrid(np.arange(self.camera.width), np.arange(self.camera.height))
+        image = np.zeros((self.camera.height, self.camera.width, 3), np.uint8)
+        image[..., 0] = np.rint(u * 255.0 / (self.camera.width - 1))
+        image[..., 1] = np.rint(v * 255.0 / (self.camera.height - 1))
+        return View(image, self.camera, stamp_ns, "camera")
+
+
+MODELS = (BOX, ROD)
+
+
+class FakeBackend:
+    """Votes that are the truth plus noise of the announced size, for objects that show in the image at a fair size."""
+
+    name = "fake"
+
+    def __init__(self, world: World, width: int, height: int, noise: float, locate: bool) -> None:
+        self.world, self.width, self.height, self.noise, self.locate = world, width, height, noise, locate
+
+    def run(self, image: np.ndarray) -> RawVotes:
+        assert image.shape == (self.height, self.width, 3)
+        world = self.world
+        if self.locate:
+            world.locate_runs += 1
+        else:
+            world.zoom_runs += 1
+        cells, classes, count = 300, len(MODELS), len(CORNERS)
+        score = world.rng.uniform(0.0, 0.1, (cells, classes)).astype(np.float32)
+        xy = world.rng.uniform(0.0, self.width, (cells, classes, count, 2)).astype(np.float32)
+        scale = np.tile(np.array([self.noise, self.noise, 0.0], np.float32), (cells, classes, count, 1))
+        if self.locate or not world.blind_zoom:
+            matrix = self._cut_at(image)
+            for number, (index, pose) in enumerate(world.objects):
+                points = world.camera.project(pose.transform(MODELS[index].keypoints_3d))
+                target = points @ matrix[:, :2].T + matrix[:, 2]
+                size, middle = np.ptp(target, axis=0).max(), target.mean(axis=0)
+                if (middle < 0).any() or (middle > [self.width, self.height]).any() or not 12 < size < 1.2 * self.width:
+                    continue
+                rows = np.arange(10) + 12 * number
+                score[rows, index] = 0.9 - 0.05 * number
+                xy[rows, index] = target + world.rng.normal(0.0, self.noise, (10, count, 2))
+        return RawVotes(score, xy, scale)
+
+    def _cut_at(self, image: np.ndarray) -> np.ndarray:
+        """Return the affine [2, 3] from source px to this image's px, read from the colours."""
+        v, u = np.nonzero(image[..., 2] == 0)
+        design = np.column_stack([u, v, np.ones(len(u))]).astype(np.float64)
+        extent = np.array([self.world.camera.width - 1, self.world.camera.height - 1]) / 255.0
+        back = np.linalg.lstsq(design, image[v, u, :2] * extent, rcond=None)[0].T
+        inverse = np.linalg.inv(back[:, :2])
+        return np.column_stack([inverse, -inverse @ back[:, 2]])
+
+
+def build(world: World, **options: object) -> PoseEstimator:
+    bundle = SimpleNamespace(objects=MODELS, calibration=Calibration(vote_correlation=0.0))
+    return PoseEstimator(
+        bundle,  # type: ignore[arg-type]
+        options=EstimatorOptions(**options),  # type: ignore[arg-type]
+        locate=FakeBackend(world, 320, 256, 1.5, locate=True),
+        zoom=FakeBackend(world, 128, 128, 0.8, locate=False),
+    )
+
+
+def somewhere(x: float = 0.0, y: float = 0.0, z: float = 0.8, turn: float = 0.5) -> Pose:
+    return Pose(exp_so3(np.array([turn, -0.4, 0.3])), np.array([x, y, z]))
+
+
+def assert_near(pose: Pose, truth: Pose) -> None:
+    delta = pose.minus(truth)
+    assert np.abs(delta[:2]).max() < 0.004 and abs(delta[2]) < 0.03 and np.abs(delta[3:]).max() < np.deg2rad(6.0), delta
+
+
+def test_one_object_is_found_with_its_pose() -> None:
+    world = World(objects=[(0, somewhere())])
+    result = build(world, tracking=False).estimate(world.view())
+    (estimate,) = result.estimates
+    assert (estimate.object_name, estimate.instance, result.tracked) == ("box", 0, False)
+    assert_near(estimate.T_camera_object, world.objects[0][1])
+    assert set(result.timings_ms) == {"locate", "crop", "zoom", "votes", "pnp", "total"}
+    assert (
+        0.0
+        < sum(result.timings_ms[s] for s in ("locate", "crop", "zoom", "votes", "pnp"))
+        <= result.timings_ms["total"]
+    )
+    assert result.rejections == ()
+
+
+def test_pose_errors_match_their_covariance() -> None:
+    """The mean NEES of the whole chain stays in its chi-square band, though crops, votes and PnP lie between."""
+    world = World()
+    estimator = build(world, tracking=False)
+    rng = np.random.default_rng(11)
+    nees = []
+    for _ in range(80):
+        truth = Pose(exp_so3(rng.normal(0.0, 1.0, 3)), np.array([*rng.uniform(-0.15, 0.15, 2), rng.uniform(0.5, 0.9)]))
+        world.objects = [(0, truth)]
+        for estimate in estimator.estimate(world.view()).estimates:
+            delta = estimate.T_camera_object.minus(truth)
+            nees.append(delta @ np.linalg.solve(estimate.cov, delta))
+    assert len(nees) >= 76
+    low, high = stats.chi2.ppf([1e-4, 1 - 1e-4], 6 * len(nees)) / len(nees)
+    # Votes are fused robustly, which costs a few percent of efficiency that the covariance does not know.
+    assert low * 0.9 < np.mean(nees) < high * 1.1, np.mean(nees)
+
+
+def test_several_instances_of_several_classes() -> None:
+    poses = [somewhere(-0.2, -0.1), somewhere(0.2, 0.1, turn=1.2), somewhere(0.0, 0.15, 0.9, turn=-0.5)]
+    world = World(objects=[(0, poses[0]), (0, poses[1]), (1, poses[2])])
+    result = build(world, tracking=False).estimate(world.view())
+    assert sorted((e.object_name, e.instance) for e in result.estimates) == [("box", 0), ("box", 1), ("rod", 0)]
+    for estimate in result.estimates:
+        _, truth = min(
+            world.objects, key=lambda item: np.linalg.norm(item[1].translation - estimate.T_camera_object.translation)
+        )
+        assert_near(estimate.T_camera_object, truth)
+    assert [e.score for e in result.estimates] == sorted((e.score for e in result.estimates), reverse=True)
+
+
+def test_a_distorted_camera_of_another_size() -> None:
+    matrix = np.array([[900.0, 0.0, 660.0], [0.0, 905.0, 350.0], [0.0, 0.0, 1.0]])
+    camera = Camera(1280, 720, matrix, DistortionModel.PLUMB_BOB, np.array([-0.2, 0.05, 0.001, -0.001, 0.0]))
+    world = World(camera=camera, objects=[(1, somewhere(0.3, -0.15))])
+    (estimate,) = build(world).estimate(world.view()).estimates
+    assert_near(estimate.T_camera_object, world.objects[0][1])
+
+
+def test_an_empty_frame_says_so() -> None:
+    world = World()
+    result = build(world).estimate(world.view())
+    assert result.estimates == ()
+    assert [r.reason for r in result.rejections] == [RejectReason.NOTHING_FOUND]
+
+
+def test_a_candidate_that_the_zoom_does_not_see_is_rejected() -> None:
+    world = World(objects=[(0, somewhere())], blind_zoom=True)
+    result = build(world).estimate(world.view())
+    assert result.estimates == ()
+    (rejection,) = result.rejections
+    assert (rejection.reason, rejection.object_name) == (RejectReason.LOW_SCORE, "box")
+    assert rejection.keypoints is not None and "not confirmed" in rejection.detail
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"min_score": 0.99}, RejectReason.LOW_SCORE),
+        ({"max_sigma_position": 1e-4}, RejectReason.TOO_UNCERTAIN),
+        ({"max_sigma_rotation_deg": 0.01}, RejectReason.TOO_UNCERTAIN),
+        ({"pnp": PnpOptions(gate_p_value=0.999999)}, RejectReason.INCONSISTENT),
+    ],
+)
+def test_the_gate_names_its_reason(options: dict[str, object], reason: RejectReason) -> None:
+    world = World(objects=[(0, somewhere())])
+    result = build(world, **options).estimate(world.view())
+    assert result.estimates == ()
+    assert [r.reason for r in result.rejections] == [reason]
+
+
+def test_tracking_skips_the_search_and_keeps_identities() -> None:
+    """Two boxes move and exchange their places in the ranking; each keeps its number, and the frame is not searched."""
+    world = World()
+    estimator = build(world, expected_instances=2, relocate_every=0)
+    for frame in range(12):
+        offset = 0.008 * frame
+        a, b = somewhere(-0.15 + offset, -0.1), somewhere(0.15 - offset, 0.1, turn=1.0)
+        world.objects = [(0, a), (0, b)] if frame % 2 else [(0, b), (0, a)]
+        result = estimator.estimate(world.view(frame * 33_000_000))
+        by_number = {e.instance: e for e in result.estimates}
+        assert set(by_number) == {0, 1}
+        if frame == 0:
+            first_is_b = by_number[0].T_camera_object.translation[1] > 0
+        assert_near(by_number[0].T_camera_object, b if first_is_b else a)
+        assert result.tracked == (frame > 0)
+    assert world.locate_runs == 1
+
+
+def test_the_frame_is_searched_again_now_and_then() -> None:
+    world = World(objects=[(0, somewhere())])
+    estimator = build(world, relocate_every=4)
+    searched = [not estimator.estimate(world.view(i * 33_000_000)).tracked for i in range(9)]
+    assert searched == [True, False, False, False, True, False, False, False, True]
+    world.objects.append((1, somewhere(0.2, 0.1)))
+    names = [{e.object_name for e in estimator.estimate(world.view((9 + i) * 33_000_000)).estimates} for i in range(4)]
+    assert names[0] == {"box"} and names[3] == {"box", "rod"}  # the newcomer is seen with the next search
+
+
+def test_fewer_than_expected_searches_every_frame() -> None:
+    world = World(objects=[(0, somewhere())])
+    estimator = build(world, expected_instances=2)
+    assert [estimator.estimate(world.view(i)).tracked for i in range(3)] == [False, False, False]
+
+
+def test_loss_and_return() -> None:
+    """A jump is caught by a search in the same frame; what vanishes is LOST once, then the frame is empty."""
+    world = World(objects=[(0, somewhere(-0.2))])
+    estimator = build(world)
+    estimator.estimate(world.view(0))
+    world.objects = [(0, somewhere(0.2))]
+    result = estimator.estimate(world.view(33_000_000))
+    assert [e.instance for e in result.estimates] == [0] and not result.tracked and result.rejections == ()
+    assert_near(result.estimates[0].T_camera_object, world.objects[0][1])
+    world.objects = []
+    reasons = [[r.reason for r in estimator.estimate(world.view(i * 33_000_000)).rejections] for i in (2, 3)]
+    assert reasons == [[RejectReason.LOST], [RejectReason.NOTHING_FOUND]]
+
+
+def test_a_missing_number_is_kept_until_the_timeout() -> None:
+    """Two boxes; the first hides. While it is away the second keeps its number, and the first returns to its own."""
+    a, b = somewhere(-0.2), somewhere(0.2)
+    world = World(objects=[(0, a), (0, b)])
+    estimator = build(world, expected_instances=2, track_timeout_s=0.5)
+
+    def numbers(stamp_ms: int) -> dict[int, float]:
+        result = estimator.estimate(world.view(stamp_ms * 1_000_000))
+        return {e.instance: float(np.sign(e.T_camera_object.translation[0])) for e in result.estimates}
+
+    assert numbers(0) == {0: -1.0, 1: 1.0}
+    world.objects = [(0, b)]
+    assert numbers(100) == {1: 1.0}
+    world.objects = [(0, b), (0, a)]
+    assert numbers(200) == {0: -1.0, 1: 1.0}
+    world.objects = [(0, a)]
+    assert numbers(300) == {0: -1.0}
+    world.objects = [(0, a), (0, somewhere(0.0, 0.18))]
+    assert numbers(400).keys() == {0, 1}
+
+
+def test_constant_velocity_looks_ahead() -> None:
+    """An object that crosses more than its own size per frame is only followed where its motion takes it."""
+
+    def followed(constant_velocity: bool) -> int:
+        world = World()
+        estimator = build(world, constant_velocity=constant_velocity, relocate_every=0)
+        count = 0
+        for frame, x in enumerate((-0.36, -0.31, -0.22, -0.09, 0.06, 0.21, 0.36)):
+            world.objects = [(0, somewhere(x))]
+            count += estimator.estimate(world.view(frame * 33_000_000)).tracked
+        return count
+
+    assert followed(True) == 6
+    assert followed(False) < 4
+
+
+def test_another_camera_starts_over() -> None:
+    world = World(objects=[(0, somewhere())])
+    estimator = build(world)
+    estimator.estimate(world.view(0))
+    assert estimator.estimate(world.view(1)).tracked
+    world.camera = VGA.resized(320, 240)
+    result = estimator.estimate(world.view(2))
+    assert not result.tracked and len(result.estimates) == 1
+    assert_near(result.estimates[0].T_camera_object, world.objects[0][1])
+    assert not estimator.estimate(world.view(1)).tracked  # time ran backwards: a bag began again
+
+
+def test_zoom_rounds_follow_what_the_crop_shows() -> None:
+    world = World(objects=[(0, somewhere())])
+    xy = VGA.project(world.objects[0][1].transform(BOX.keypoints_3d))
+    box = np.concatenate([xy.min(axis=0), xy.max(axis=0)])
+    off = box + 0.35 * np.array([1.0, 0.0, 1.0, 0.0]) * (box[2] - box[0])
+    for rounds, expected_runs in ((1, 1), (3, 2)):
+        world.zoom_runs = 0
+        instance = build(world, zoom_rounds=rounds).zoom(world.view(), 0, off)
+        assert instance is not None and world.zoom_runs == expected_runs
+        assert np.abs(instance.keypoints.xy - xy).max() < 2.5
+
+
+def test_observe_returns_what_calibration_needs() -> None:
+    world = World(objects=[(0, somewhere(-0.2)), (1, somewhere(0.2))])
+    found = build(world).observe(world.view())
+    assert sorted(instance.class_index for instance in found) == [0, 1]
+    for instance in found:
+        np.testing.assert_allclose(instance.effective_votes, 10.0, rtol=0.15)
+        index, pose = world.objects[instance.class_index]
+        truth = world.camera.project(pose.transform(MODELS[index].keypoints_3d))
+        error = (instance.keypoints.xy - truth).reshape(-1)
+        assert error @ np.linalg.solve(instance.keypoints.cov, error) < stats.chi2.ppf(1 - 1e-5, 16)
+
+
+@pytest.mark.parametrize(
+    "name", ["zoom_factor", "min_score", "relocate_every", "zoom_rounds", "track_timeout_s", "max_sigma_position"]
+)
+def test_bad_options_are_named(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        EstimatorOptions(**{name: -1})  # type: ignore[arg-type]
+
+
+def test_the_estimator_imports_neither_torch_nor_scipy() -> None:
+    code = (
+        "import sys, ukd_ros.perception.estimator\n"
+        "bad = {'torch', 'scipy', 'onnxruntime', 'matplotlib', 'ot', 'rosbags', 'trimesh'} & set(sys.modules)\n"
+        "sys.exit(', '.join(sorted(bad)))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
