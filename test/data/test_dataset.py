@@ -39,9 +39,7 @@ def test_every_pass_visits_every_object_once() -> None:
     data = WindowDataset(CubeViews(8), [CUBE], WindowConfig(zoom_fraction=1.0), seed=0)
     for epoch in range(2):
         seen = {
-            float(o.points_camera[0, 0])
-            for i in range(len(data))
-            for o in data.sample(epoch * len(data) + i).objects
+            float(o.points_camera[0, 0]) for i in range(len(data)) for o in data.sample(epoch * len(data) + i).objects
         }
         assert len(seen) == len(data) == 8
 
@@ -64,7 +62,12 @@ def test_rays_through_the_keypoints_meet_the_true_points() -> None:
 def test_mask_and_keypoints_land_on_the_drawn_pixels(zoom_fraction: float, locate_width: int) -> None:
     """The mask's centroid stays within a pixel of where the source mask's centroid is taken by the keypoints' map."""
     window = WindowConfig(
-        zoom_fraction=zoom_fraction, locate_width=locate_width, empty_fraction=0, rotation_deg=45, zoom_shift=0.02, augment=PLAIN
+        zoom_fraction=zoom_fraction,
+        locate_width=locate_width,
+        empty_fraction=0,
+        rotation_deg=45,
+        zoom_shift=0.02,
+        augment=PLAIN,
     )
     views = CubeViews(12)
     data = WindowDataset(views, [CUBE], window, seed=2)
@@ -105,7 +108,9 @@ def test_shrinking_does_not_shift_the_picture() -> None:
             return LabelledView(image.astype(np.uint8), CAMERA, objects=(label,))
 
     for width in (120, 240, 480):
-        window = WindowConfig(zoom_fraction=0, locate_width=width, locate_spread=1, empty_fraction=0, rotation_deg=0, augment=PLAIN)
+        window = WindowConfig(
+            zoom_fraction=0, locate_width=width, locate_spread=1, empty_fraction=0, rotation_deg=0, augment=PLAIN
+        )
         data = WindowDataset(Disc(), [CUBE], window, seed=0)
         compared = 0
         for index in range(20):
@@ -129,7 +134,9 @@ def test_hidden_and_small_objects_are_ignored_not_background() -> None:
             source = super().view(index)
             label = source.objects[0]
             fraction = 0.1 if index == 0 else 1.0
-            return LabelledView(source.image, CAMERA, objects=(ObjectLabel("cube", label.T_camera_object, fraction, label.mask),))
+            return LabelledView(
+                source.image, CAMERA, objects=(ObjectLabel("cube", label.T_camera_object, fraction, label.mask),)
+            )
 
     views = Hidden(2)
     data = WindowDataset(views, [CUBE], WindowConfig(zoom_fraction=1.0, augment=PLAIN), seed=0)

@@ -34,7 +34,9 @@ def test_ray_loss_by_hand() -> None:
 
 def test_ray_loss_gradient_is_finite_at_the_truth_and_right_elsewhere() -> None:
     torch.manual_seed(0)
-    matrix = torch.linalg.inv(torch.tensor([[300.0, 5, 60], [-5, 300, 60], [0, 0, 1]], dtype=torch.float64))[None].repeat(3, 1, 1)
+    matrix = torch.linalg.inv(torch.tensor([[300.0, 5, 60], [-5, 300, 60], [0, 0, 1]], dtype=torch.float64))[
+        None
+    ].repeat(3, 1, 1)
     points = torch.randn(3, 4, 3, dtype=torch.float64) * 0.05 + torch.tensor([0, 0, 0.6], dtype=torch.float64)
     projected = points @ torch.linalg.inv(matrix[0]).T
     truth = projected[..., :2] / projected[..., 2:]

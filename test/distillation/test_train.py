@@ -61,10 +61,25 @@ def test_two_processes_take_the_steps_of_one(data: WindowDataset, tmp_path: Path
     )
     (tmp_path / "run.py").write_text(script)
     root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "run.py")]
+    environment = os.environ | {
+        "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(tmp_path / "run.py"),
+    ]
     done = subprocess.run(
-        [*command, str(Path(__file__).parent), str(tmp_path / "two")], env=environment, capture_output=True, text=True, timeout=240
+        [*command, str(Path(__file__).parent), str(tmp_path / "two")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert _losses(tmp_path / "two") == pytest.approx(_losses(tmp_path / "one"), abs=1e-4)

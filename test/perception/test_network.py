@@ -6,7 +6,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ukd_ros.perception.network import ARCHITECTURES, KeypointNetwork, NetworkConfig, cell_count, cell_geometry, decode_scale
+from ukd_ros.perception.network import (
+    ARCHITECTURES,
+    KeypointNetwork,
+    NetworkConfig,
+    cell_count,
+    cell_geometry,
+    decode_scale,
+)
 
 SIZES = {"darknet53": (47.0, 49.5, 16.0, 17.2), "darknet_tiny": (7.8, 8.5, 7.4, 8.0), "darknet_tiny_h": (1.9, 2.2, 1.8, 2.1), "lean": (0.4, 0.6, 0.18, 0.4)}  # fmt: skip
 
@@ -50,13 +57,17 @@ def test_one_training_step(architecture: str) -> None:
     (score.sum() + xy.square().mean() + scale.mean()).backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
     optimizer.step()
-    assert sum(bool((a != b.detach()).any()) for a, b in zip(before, network.parameters(), strict=True)) > len(before) // 2
+    assert (
+        sum(bool((a != b.detach()).any()) for a, b in zip(before, network.parameters(), strict=True)) > len(before) // 2
+    )
 
 
 def test_cells_tile_the_image_by_pixel_centres() -> None:
     centres, anchors = cell_geometry(96, 64)
     assert len(centres) == cell_count(96, 64) == 12 * 8 + 6 * 4 + 3 * 2
-    assert centres[0].tolist() == [3.5, 3.5] and centres[1].tolist() == [11.5, 3.5] and centres[12].tolist() == [3.5, 11.5]
+    assert (
+        centres[0].tolist() == [3.5, 3.5] and centres[1].tolist() == [11.5, 3.5] and centres[12].tolist() == [3.5, 11.5]
+    )
     assert centres[-1].tolist() == [79.5, 47.5] and anchors[0] == 32 and anchors[-1] == 128
     with pytest.raises(ValueError, match="multiples of 32"):
         cell_count(100, 64)

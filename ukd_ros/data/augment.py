@@ -53,7 +53,9 @@ class AugmentConfig:
                 raise ValueError(f"augment.{name}: must be zero or positive, not {value}")
 
 
-def augment(image: Image, mask: Mask, donor: Image, config: AugmentConfig, rng: np.random.Generator) -> tuple[Image, Mask]:
+def augment(
+    image: Image, mask: Mask, donor: Image, config: AugmentConfig, rng: np.random.Generator
+) -> tuple[Image, Mask]:
     """Return an altered copy of the window and its instance mask (0 = background, covered pixels become 0).
 
     `image`, `donor` [H,W,3] uint8 RGB, `mask` [H,W] uint8. Covers are textured with pieces of `donor`.
@@ -102,7 +104,9 @@ def _optics(image: Image, config: AugmentConfig, rng: np.random.Generator) -> Im
     if rng.random() < config.blur_probability and config.blur_sigma_px > 0.3:
         image = cv2.GaussianBlur(image, (0, 0), float(rng.uniform(0.3, config.blur_sigma_px)))  # type: ignore[assignment]
     if rng.random() < config.motion_probability and config.motion_px > 2.0:
-        image = cv2.filter2D(image, -1, motion_kernel(float(rng.uniform(2.0, config.motion_px)), float(rng.uniform(0, np.pi))))  # type: ignore[assignment]
+        image = cv2.filter2D(
+            image, -1, motion_kernel(float(rng.uniform(2.0, config.motion_px)), float(rng.uniform(0, np.pi)))
+        )  # type: ignore[assignment]
     return image
 
 
@@ -113,7 +117,13 @@ def motion_kernel(length_px: float, angle: float) -> npt.NDArray[np.float32]:
     reach = np.array([np.cos(angle), np.sin(angle)]) * length_px / 2
     start, end = (half - reach) * 16, (half + reach) * 16
     cv2.line(
-        kernel, (int(round(start[0])), int(round(start[1]))), (int(round(end[0])), int(round(end[1]))), 1.0, 1, cv2.LINE_AA, 4
+        kernel,
+        (int(round(start[0])), int(round(start[1]))),
+        (int(round(end[0])), int(round(end[1]))),
+        1.0,
+        1,
+        cv2.LINE_AA,
+        4,
     )
     if kernel.sum() == 0:
         kernel[half, half] = 1.0

@@ -126,7 +126,12 @@ class WindowDataset:
     """
 
     def __init__(
-        self, views: LabelledViews, models: Sequence[ObjectModel], config: WindowConfig, seed: int, progress: bool = False
+        self,
+        views: LabelledViews,
+        models: Sequence[ObjectModel],
+        config: WindowConfig,
+        seed: int,
+        progress: bool = False,
     ) -> None:
         self.config = config
         self.models = tuple(models)
@@ -142,7 +147,9 @@ class WindowDataset:
         ]
         if not self.anchors:
             names = ", ".join(m.name for m in self.models)
-            raise ValueError(f"none of the {len(self.frames)} views shows {names} at least {config.min_visible:.0%} visible")
+            raise ValueError(
+                f"none of the {len(self.frames)} views shows {names} at least {config.min_visible:.0%} visible"
+            )
 
     def __len__(self) -> int:
         """Return the number of objects that windows are centred on: one pass over the data."""
@@ -186,7 +193,12 @@ class WindowDataset:
         size = self.config.size
         image = _warp(frame.image, warp, size)
         mask = cv2.warpAffine(
-            frame.instances, warp, (size, size), flags=cv2.INTER_NEAREST, borderMode=cv2.BORDER_CONSTANT, borderValue=0.0
+            frame.instances,
+            warp,
+            (size, size),
+            flags=cv2.INTER_NEAREST,
+            borderMode=cv2.BORDER_CONSTANT,
+            borderValue=0.0,
         ).astype(np.uint8)
         area_scale = float(np.abs(np.linalg.det(warp[:, :2])))
         inside = np.bincount(mask.ravel(), minlength=len(frame.objects) + 1)[1:]
@@ -200,7 +212,9 @@ class WindowDataset:
             hidden = frame.visible[number] < self.config.min_visible or inside[number] < 0.35 * whole[number]
             xy = item.xy @ warp[:, :2].T + warp[:, 2]
             ignored = item.ignored or hidden or size_px < self.config.min_size_px
-            objects.append(WindowObject(item.class_index, xy, item.points_camera, item.diameter, size_px, bool(ignored)))
+            objects.append(
+                WindowObject(item.class_index, xy, item.points_camera, item.diameter, size_px, bool(ignored))
+            )
             renumber[number + 1] = len(objects)
         mask = renumber[mask]
         top = int(rng.integers(0, max(donor.shape[0] - size, 0) + 1))

@@ -66,7 +66,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({error}); train again or use an older copy") from error
+        raise CheckpointError(
+            f"{path}: cannot be read as a checkpoint ({error}); train again or use an older copy"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise CheckpointError(f"{path}: checkpoint format {found} is not {FORMAT}, the one this version reads")

@@ -12,10 +12,8 @@ import json
 import logging
 import math
 import os
-import queue
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,13 +24,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ukd_ros.data.bop import BopDataset
 from ukd_ros.data.dataset import WindowConfig, WindowDataset
 from ukd_ros.distillation.assignment import Assignment, assign
+from ukd_ros.distillation.batches import Batches, BatchShape
 from ukd_ros.distillation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ukd_ros.distillation.curves import draw_curves
 from ukd_ros.distillation.losses import focal_loss, gaussian_nll, ray_loss
+from ukd_ros.distillation.norms import NormStatistics
 from ukd_ros.distillation.parallel import Processes
 from ukd_ros.geometry.object_model import ObjectModel
+from ukd_ros.geometry.view import LabelledView
 from ukd_ros.perception.network import KeypointNetwork, NetworkConfig, cell_geometry, decode_scale
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ logger = logging.getLogger(__name__)
 class TrainConfig:
     """How a network is trained.
 
+    `architecture` and `width_factor` choose the network, `keypoints` and `keypoint_kind` (farthest or box) the points it predicts.
     `steps` of `batch_size` windows each, taken in micro-batches of `micro_batch` (the unit of batch norm; the same for
     any number of processes). `learning_rate` is the peak of a one-cycle schedule with `warmup` as the rising
     fraction; `weight_decay` is AdamW's; `clip_norm` bounds the gradient. `positives`: cells that vote for one
@@ -51,6 +54,8 @@ class TrainConfig:
 
     architecture: str = "lean"
     width_factor: float = 1.0
+    keypoints: int = 12
+    keypoint_kind: str = "farthest"
     steps: int = 6000
     batch_size: int = 32
     micro_batch: int = 16
@@ -130,17 +135,24 @@ def train(
         torch.set_num_threads(config.threads)
     cv2.setNumThreads(1)  # the batches are made in a thread of their own
     torch.manual_seed(config.seed)
-    network = KeypointNetwork(NetworkConfig(config.architecture, tuple(m.name for m in models), models[0].keypoints_3d.shape[0], config.width_factor))
+    keypoints = models[0].keypoints_3d.shape[0]
+    names = tuple(m.name for m in models)
+    network = KeypointNetwork(NetworkConfig(config.architecture, names, keypoints, config.width_factor))
     network = network.to(device).channels_last()
     optimizer = _optimizer(network, config)
     norms = NormStatistics(network)
     path = out / "checkpoint.pt"
     if path.exists() and not resume:
-        raise FileExistsError(f"{path}: there is a training run already; continue it with --resume or choose another folder")
+        raise FileExistsError(
+            f"{path}: there is a training run already; continue it with --resume or choose another folder"
+        )
     step = _restore(path, network, optimizer, norms, config) if path.exists() else 0
     out.mkdir(parents=True, exist_ok=True)
-    batches = _Batches(config, data, len(models), models[0].keypoints_3d.shape[0], step, processes)
-    bar = tqdm(total=config.steps, initial=step, desc="training", unit="step", disable=not progress or processes.rank > 0)
+    shape = BatchShape(config.batch_size, config.micro_batch, config.positives)
+    batches = Batches(data, shape, len(models), keypoints, step, processes)
+    bar = tqdm(
+        total=config.steps, initial=step, desc="training", unit="step", disable=not progress or processes.rank > 0
+    )
     window: list[dict[str, float]] = []
     tick, tick_step = time.monotonic(), step
     network.train()
@@ -152,7 +164,9 @@ def train(
             processes.sum_gradients(network)
             if not math.isfinite(terms["loss"]):
                 bad = [name for name, value in terms.items() if not math.isfinite(value)]
-                raise TrainingDiverged(f"step {step}: {', '.join(bad)} is not finite; the last good checkpoint is {path}")
+                raise TrainingDiverged(
+                    f"step {step}: {', '.join(bad)} is not finite; the last good checkpoint is {path}"
+                )
             # 2. the step
             nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
             for group in optimizer.param_groups:
@@ -165,8 +179,12 @@ def train(
             # 3. what people and programs read
             if step % config.log_every == 0 or step == config.steps:
                 record = _record(step, window, config, (step - tick_step) / (time.monotonic() - tick))
-                if held_out is not None and config.validate_every and (step % config.validate_every == 0 or step == config.steps):
-                    norms.store(network)
+                if (
+                    held_out is not None
+                    and config.validate_every
+                    and (step % config.validate_every == 0 or step == config.steps)
+                ):
+                    norms.store()
                     record |= validate(network, held_out, config)
                 if processes.rank == 0:
                     _append(out / "metrics.jsonl", record)
@@ -174,9 +192,11 @@ def train(
                 window, tick, tick_step = [], time.monotonic(), step
             over = processes.any(time_budget_s is not None and time.monotonic() - started > time_budget_s)
             if step % config.checkpoint_every == 0 or step == config.steps or over:
-                norms.store(network)
+                norms.store()
                 if processes.rank == 0:
-                    save_checkpoint(path, Checkpoint(network, optimizer.state_dict(), step, asdict(config), tuple(models)))
+                    save_checkpoint(
+                        path, Checkpoint(network, optimizer.state_dict(), step, asdict(config), tuple(models))
+                    )
                     draw_curves(out / "metrics.jsonl", out / "curves.png")
             if step == config.steps or over:
                 break
@@ -184,6 +204,51 @@ def train(
         batches.close()
         bar.close()
     return TrainResult(step, step >= config.steps, path)
+
+
+def train_on_folders(
+    config: TrainConfig,
+    datasets: Sequence[Path],
+    out: Path,
+    *,
+    objects: Sequence[str] = (),
+    held_out: Path | None = None,
+    resume: bool = False,
+    time_budget_s: float | None = None,
+    progress: bool = True,
+) -> TrainResult:
+    """Train on BOP-format folders, such as `ukd render` writes them; see `train`.
+
+    `objects`: names to learn (default: all models of the first folder). `held_out`: a folder for validation.
+    BopError or ValueError when a folder, its masks or an object is missing.
+    """
+    folders = [BopDataset(path) for path in datasets]
+    if not folders:
+        raise ValueError("train: needs at least one BOP-format data set")
+    first = folders[0]
+    ids = [first.object_id(name) for name in objects] if objects else list(first.object_ids)
+    models = [first.object_model(i, config.keypoints, config.keypoint_kind) for i in ids]
+    data = WindowDataset(_Joined(folders), models, config.window, config.seed, progress)
+    checked = (
+        WindowDataset(BopDataset(held_out), models, config.window, config.seed + 1, progress) if held_out else None
+    )
+    return train(
+        config, data, models, out, held_out=checked, resume=resume, time_budget_s=time_budget_s, progress=progress
+    )
+
+
+class _Joined:
+    """Several data sets as one."""
+
+    def __init__(self, parts: Sequence[BopDataset]) -> None:
+        self._where = [(part, i) for part in parts for i in range(len(part))]
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def view(self, index: int) -> LabelledView:
+        part, i = self._where[index]
+        return part.view(i)
 
 
 def _backward(
@@ -206,7 +271,7 @@ def _backward(
         image = image.to(device, torch.float32).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             raw = network.raw(image)
-        norms.collect(network)
+        norms.collect()
         state = torch.from_numpy(targets.state).to(device)
         focal = focal_loss(raw.logit.float(), state) / total_votes
         b, n, c = (torch.from_numpy(x).to(device) for x in (targets.batch, targets.cell, targets.class_index))
@@ -231,58 +296,6 @@ def _backward(
     return dict(zip(("loss", "focal", "ray", "nll", "error_px"), totals.tolist(), strict=True))
 
 
-class NormStatistics:
-    """Running statistics of batch norm, averaged over all micro-batches of a step on all processes.
-
-    torch would fold micro-batches in one after the other, in an order that depends on the number of processes. Here
-    every forward pass leaves its own statistics (momentum 1), and the step averages them.
-    """
-
-    def __init__(self, network: nn.Module, momentum: float = 0.02) -> None:
-        self.layers = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
-        for layer in self.layers:
-            layer.momentum = 1.0
-        self.momentum = momentum
-        self.average = [b.detach().clone() for b in self._buffers()]
-        self._sums = [torch.zeros_like(b) for b in self.average]
-        self._count = 0
-
-    def _buffers(self) -> list[Tensor]:
-        buffers: list[Tensor] = []
-        for layer in self.layers:
-            if layer.running_mean is not None and layer.running_var is not None:
-                buffers += [layer.running_mean, layer.running_var]
-        return buffers
-
-    def collect(self, network: nn.Module) -> None:
-        """Note the statistics that the last forward pass left."""
-        with torch.no_grad():
-            torch._foreach_add_(self._sums, self._buffers())
-        self._count += 1
-
-    def update(self, processes: Processes) -> None:
-        """Fold the step's mean statistics into the running average."""
-        flat = torch.cat([s.flatten() for s in self._sums] + [torch.tensor([float(self._count)], device=self._sums[0].device)])
-        flat = processes.sum(flat)
-        mean = flat[:-1] / flat[-1]
-        start = 0
-        for average, total in zip(self.average, self._sums, strict=True):
-            part = mean[start : start + average.numel()].view_as(average)
-            average.lerp_(part, self.momentum)
-            start += average.numel()
-            total.zero_()
-        self._count = 0
-
-    def store(self, network: nn.Module) -> None:
-        """Write the running average into the layers, for evaluation and checkpoints."""
-        for buffer, average in zip(self._buffers(), self.average, strict=True):
-            buffer.copy_(average)
-
-    def load(self, network: nn.Module) -> None:
-        """Take the running average from the layers, after a checkpoint was loaded into them."""
-        self.average = [b.detach().clone() for b in self._buffers()]
-
-
 @torch.no_grad()
 def validate(network: KeypointNetwork, data: WindowDataset, config: TrainConfig, batch: int = 32) -> dict[str, float]:
     """Return the error of the best-scored vote of each learnable object in held-out windows.
@@ -298,7 +311,11 @@ def validate(network: KeypointNetwork, data: WindowDataset, config: TrainConfig,
         image = torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).to(device, torch.float32)
         score, xy, _ = network(image)
         targets = assign(samples, score.shape[2], xy.shape[3], config.positives)
-        cells = np.concatenate(([0], np.flatnonzero(np.any(targets.xy[1:] != targets.xy[:-1], axis=(1, 2))) + 1)) if len(targets.batch) else []
+        cells = (
+            np.concatenate(([0], np.flatnonzero(np.any(targets.xy[1:] != targets.xy[:-1], axis=(1, 2))) + 1))
+            if len(targets.batch)
+            else []
+        )
         ends = [*cells[1:], len(targets.batch)] if len(cells) else []
         for first, last in zip(cells, ends, strict=True):
             b, c = targets.batch[first], targets.class_index[first]
@@ -310,57 +327,6 @@ def validate(network: KeypointNetwork, data: WindowDataset, config: TrainConfig,
     if not errors:
         return {"val_px": float("nan"), "val_found": float("nan")}
     return {"val_px": float(np.median(errors)), "val_found": float(np.mean(np.array(scores) > 0.3))}
-
-
-class _Batches:
-    """Makes this process's micro-batches ahead of time in a thread; iteration starts at `step` and never ends."""
-
-    def __init__(
-        self, config: TrainConfig, data: WindowDataset, classes: int, keypoints: int, step: int, processes: Processes
-    ) -> None:
-        self._make = (config, data, classes, keypoints, processes)
-        self._queue: queue.Queue[list[tuple[Tensor, Assignment]] | BaseException] = queue.Queue(maxsize=3)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=(step,), name="batches", daemon=True)
-        self._thread.start()
-
-    def _run(self, step: int) -> None:
-        try:
-            while not self._stop.is_set():
-                self._put(self._batch(step))
-                step += 1
-        except BaseException as error:  # handed to the training loop, which raises it
-            self._put(error)
-
-    def _put(self, item: list[tuple[Tensor, Assignment]] | BaseException) -> None:
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.2)
-                return
-            except queue.Full:
-                continue
-
-    def _batch(self, step: int) -> list[tuple[Tensor, Assignment]]:
-        config, data, classes, keypoints, processes = self._make
-        out = []
-        for micro in range(processes.rank, config.batch_size // config.micro_batch, processes.count):
-            first = step * config.batch_size + micro * config.micro_batch
-            samples = [data.sample(first + i) for i in range(config.micro_batch)]
-            image = torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2)
-            out.append((image, assign(samples, classes, keypoints, config.positives)))
-        return out
-
-    def __iter__(self) -> Iterator[list[tuple[Tensor, Assignment]]]:
-        while True:
-            item = self._queue.get()
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    def close(self) -> None:
-        """Stop the thread."""
-        self._stop.set()
-        self._thread.join(timeout=10)
 
 
 def _device(config: TrainConfig, processes: Processes) -> torch.device:
@@ -386,17 +352,21 @@ def _optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99))
 
 
-def _restore(path: Path, network: KeypointNetwork, optimizer: torch.optim.Optimizer, norms: NormStatistics, config: TrainConfig) -> int:
+def _restore(
+    path: Path, network: KeypointNetwork, optimizer: torch.optim.Optimizer, norms: NormStatistics, config: TrainConfig
+) -> int:
     """Load a checkpoint into the parts; ValueError naming the first setting that differs."""
     content = load_checkpoint(path)
     mine, theirs = _plain(asdict(config)), _plain(content.config)
     free = {"device", "threads", "checkpoint_every", "log_every", "validate_every", "validate_windows"}
     for key in sorted(set(mine) | set(theirs)):
         if key not in free and mine.get(key) != theirs.get(key):
-            raise ValueError(f"{path}: was trained with {key} = {theirs.get(key)}, not {mine.get(key)}; --resume needs the same")
+            raise ValueError(
+                f"{path}: was trained with {key} = {theirs.get(key)}, not {mine.get(key)}; --resume needs the same"
+            )
     network.load_state_dict(content.network.state_dict())
     optimizer.load_state_dict(content.optimizer)
-    norms.load(network)
+    norms.load()
     return content.step
 
 

@@ -145,7 +145,9 @@ class _Head(nn.Module):
         super().__init__()
         self.regress = nn.Sequential(*(_conv(channels, channels, 3) for _ in range(width.head_convs)))
         self.classify = (
-            nn.Sequential(*(_conv(channels, channels, 3) for _ in range(width.head_convs))) if width.separate_towers else None
+            nn.Sequential(*(_conv(channels, channels, 3) for _ in range(width.head_convs)))
+            if width.separate_towers
+            else None
         )
         self.score = nn.Conv2d(channels, classes, 1)
         self.offset = nn.Conv2d(channels, classes * keypoints * 2, 1)
@@ -218,7 +220,9 @@ class KeypointNetwork(nn.Module):
         features = self.backbone((image - self.mean) * self.inverse_std)
         levels = [lateral(feature) for lateral, feature in zip(self.lateral, features, strict=True)]
         for upper in (1, 0):
-            levels[upper] = levels[upper] + nn.functional.interpolate(levels[upper + 1], scale_factor=2.0, mode="nearest")
+            levels[upper] = levels[upper] + nn.functional.interpolate(
+                levels[upper + 1], scale_factor=2.0, mode="nearest"
+            )
         if self.smooth is None:
             return levels
         return [smooth(level) for smooth, level in zip(self.smooth, levels, strict=True)]
@@ -281,4 +285,6 @@ def _scaled(width: _Width, factor: float) -> _Width:
 
     s = width.stages
     stages = (times(s[0]), times(s[1]), times(s[2]), times(s[3]), times(s[4]))
-    return _Width(times(width.stem), stages, width.blocks, times(width.pyramid), width.head_convs, width.separate_towers)
+    return _Width(
+        times(width.stem), stages, width.blocks, times(width.pyramid), width.head_convs, width.separate_towers
+    )
