@@ -31,20 +31,20 @@ class AugmentConfig:
     that the window is shrunk and enlarged again (a lower-resolution camera).
     """
 
-    cover_probability: float = 0.4
+    cover_probability: float = 0.3
     cover_max: float = 0.45
     blur_probability: float = 0.35
     blur_sigma_px: float = 1.4
     motion_probability: float = 0.1
     motion_px: float = 7.0
     coarse_probability: float = 0.15
-    brightness: float = 0.35
-    contrast: float = 0.35
-    gamma: float = 0.35
+    brightness: float = 0.2
+    contrast: float = 0.2
+    gamma: float = 0.25
     colour_cast: float = 0.15
-    saturation: float = 0.5
+    saturation: float = 0.35
     grey_probability: float = 0.02
-    noise_sigma: float = 10.0
+    noise_sigma: float = 6.0
 
     def __post_init__(self) -> None:
         """Refuse negative strengths."""
