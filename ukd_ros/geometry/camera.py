@@ -124,20 +124,22 @@ class Camera:
         points = np.asarray(points_camera, dtype=np.float64)
         if points.ndim != 2 or points.shape[1] != 3:
             raise ValueError(f"points_camera: has shape {list(points.shape)}, but [any, 3] is needed.")
-        with np.errstate(all="ignore"):
-            inverse_z = 1 / np.where(points[:, 2] > MIN_DEPTH, points[:, 2], np.nan)
-            xy = points[:, :2] * inverse_z[:, None]
-            flat: FloatArray = np.zeros((len(points), 2, 3))
-            flat[:, 0, 0] = flat[:, 1, 1] = inverse_z
-            flat[:, :, 2] = -xy * inverse_z[:, None]
-            if self._lens is not None:
-                xy, bent = self._lens.distort(xy)
-                flat = bent @ flat
-            else:
-                # The zeros of the pinhole Jacobian must not hide that the point is not visible.
-                flat[np.isnan(inverse_z)] = np.nan
-            scale = self.matrix[:2, :2]
-            return xy @ scale.T + self.matrix[:2, 2], scale @ flat
+        visible = points[:, 2] > MIN_DEPTH
+        inverse_z = 1 / np.where(visible, points[:, 2], np.nan)[:, None]
+        xy = points[:, :2] * inverse_z
+        scale = self.matrix[:2, :2]
+        # d(x/z) = (dx - (x/z) dz) / z, then the lens, then the matrix.
+        jacobian = np.empty((len(points), 2, 3))
+        if self._lens is None:
+            jacobian[:, :, :2] = scale * inverse_z[:, :, None]
+            jacobian[:, :, 2] = -(xy @ scale.T) * inverse_z
+        else:
+            plane = xy
+            xy, bent = self._lens.distort(plane)
+            bent = scale @ bent * inverse_z[:, :, None]
+            jacobian[:, :, :2] = bent
+            jacobian[:, :, 2] = -(bent @ plane[:, :, None])[:, :, 0]
+        return xy @ scale.T + self.matrix[:2, 2], jacobian
 
     def _normalised(self, xy: npt.ArrayLike) -> FloatArray:
         """Return pixels [N, 2] on the plane z = 1, still distorted."""

@@ -20,6 +20,9 @@ NEWTON_TOLERANCE = 1e-12
 """Residual on the plane z = 1; with a focal length of 1,000 px this is 1e-9 px."""
 
 
+_ONES = np.ones(2)
+
+
 class Lens(Protocol):
     """A map of the plane z = 1 onto itself."""
 
@@ -60,31 +63,40 @@ class RationalLens:
 
     def __init__(self, coefficients: FloatArray) -> None:
         """Keep the coefficients and find where the model folds."""
-        self._k = tuple(float(k) for k in coefficients)
-        self._limit = _rational_limit(self._k)
+        k1, k2, p1, p2, k3, k4, k5, k6 = (float(k) for k in coefficients)
+        self._limit = _rational_limit((k1, k2, p1, p2, k3, k4, k5, k6))
+        self._tangential = np.array([p2, p1])
+        # Columns: numerator, denominator and their derivatives by s = r^2, as polynomials in s.
+        self._radial = np.array(
+            [[1.0, 1.0, k1, k4], [k1, k4, 2 * k2, 2 * k5], [k2, k5, 3 * k3, 3 * k6], [k3, k6, 0.0, 0.0]]
+        )
 
     def distort(self, xy: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Return distorted points [N, 2] and their Jacobian [N, 2, 2]; NaN outside the model's valid range."""
-        k1, k2, p1, p2, k3, k4, k5, k6 = self._k
-        x, y = xy[:, 0], xy[:, 1]
+        """Return distorted points [N, 2] and their Jacobian [N, 2, 2]; NaN outside the model's valid range.
+
+        With the gain g(s) and q = (p2, p1), OpenCV's formula reads ``x (g + 2 q.x) + s q``.
+        """
+        q = self._tangential
         with np.errstate(all="ignore"):
-            s = x * x + y * y
-            numerator = 1 + s * (k1 + s * (k2 + s * k3))
-            inverse = 1 / (1 + s * (k4 + s * (k5 + s * k6)))
-            gain = numerator * inverse
-            slope = (k1 + s * (2 * k2 + s * 3 * k3) - gain * (k4 + s * (2 * k5 + s * 3 * k6))) * inverse
-            out = np.empty_like(xy)
-            out[:, 0] = x * gain + 2 * p1 * x * y + p2 * (s + 2 * x * x)
-            out[:, 1] = y * gain + p1 * (s + 2 * y * y) + 2 * p2 * x * y
-            jacobian = np.empty((len(xy), 2, 2))
-            jacobian[:, 0, 0] = gain + 2 * slope * x * x + 2 * p1 * y + 6 * p2 * x
-            jacobian[:, 1, 1] = gain + 2 * slope * y * y + 6 * p1 * y + 2 * p2 * x
-            jacobian[:, 0, 1] = jacobian[:, 1, 0] = 2 * slope * x * y + 2 * p1 * x + 2 * p2 * y
+            powers = np.ones((len(xy), 4))
+            s = powers[:, 1] = (xy * xy) @ _ONES
+            powers[:, 2] = s * s
+            powers[:, 3] = powers[:, 2] * s
+            numerator, denominator, numerator_slope, denominator_slope = (powers @ self._radial).T
+            gain = numerator / denominator
+            slope = (numerator_slope - gain * denominator_slope) / denominator
+            diagonal = gain + xy @ (2 * q)
+            out = xy * diagonal[:, None] + s[:, None] * q
+            jacobian = xy[:, :, None] * (2 * (slope[:, None] * xy + q))[:, None, :]
+            jacobian += (2 * q)[:, None] * xy[:, None, :]
+            jacobian[:, 0, 0] += diagonal
+            jacobian[:, 1, 1] += diagonal
             # The radial limit does not see the tangential terms; they fold where the determinant changes sign.
-            turned = jacobian[:, 0, 0] * jacobian[:, 1, 1] - jacobian[:, 0, 1] ** 2
+            turned = jacobian[:, 0, 0] * jacobian[:, 1, 1] - jacobian[:, 0, 1] * jacobian[:, 1, 0]
             outside = ~((s < self._limit**2) & (turned > 0))
-        out[outside] = np.nan
-        jacobian[outside] = np.nan
+        if outside.any():
+            out[outside] = np.nan
+            jacobian[outside] = np.nan
         return out, jacobian
 
     def undistort(self, xy: FloatArray) -> FloatArray:

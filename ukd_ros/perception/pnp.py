@@ -25,8 +25,8 @@ from ukd_ros.perception.pnp_hypotheses import (
     from_all_points,
     from_subsets,
     mirrored,
+    squared_distances,
     subset_batches,
-    truncated_costs,
 )
 from ukd_ros.perception.pnp_refine import Fit, PnpProblem, projection_jacobian, refine, refine_with_inliers
 
@@ -169,14 +169,14 @@ class _Search:
         self._limit = chi2_quantile(options.inlier_level, 2)
         # A pose from three noisy pixels is off by several of their sigmas elsewhere.
         self._wide = 4 * self._limit
-        self._min_inliers = max(options.min_inliers, math.ceil(options.min_inlier_fraction * count - 1e-9))
         self.iterations = 0
 
     def run(self, initial: Pose | None) -> Fit | Rejection:
         """Return the best fit, or why there is none."""
-        everyone = np.ones(len(self._problem), dtype=bool)
+        own = Hypotheses(np.zeros((0, 3, 3)), np.zeros((0, 3)))
         if initial is not None:
-            fit = self._refined(initial.rotation, initial.translation, everyone)
+            own = Hypotheses(initial.rotation[None], initial.translation[None])
+            fit = self._best_of(own, 1, subset=False)
             if fit is not None and self._convincing(fit):
                 return fit
         ideal = self._problem.camera.undistort(self._problem.xy)
@@ -186,61 +186,62 @@ class _Search:
             detail = f"{len(points)} keypoints lie where the lens model of the camera reaches, but 4 are needed."
             return Rejection(RejectReason.TOO_FEW_KEYPOINTS, detail)
         matrix = self._problem.camera.matrix
-        hypotheses = from_all_points(points, ideal, matrix, flatness(points) < PLANAR)
-        if initial is not None:
-            own = Hypotheses(initial.rotation[None], initial.translation[None])
-            hypotheses = hypotheses.joined(own)
-        best = self._best_of(hypotheses, everyone, 2)
+        hypotheses = from_all_points(points, ideal, matrix, flatness(points) < PLANAR).joined(own)
+        best = self._best_of(hypotheses, 2, subset=False)
         # Few keypoints leave several minima, and SQPnP sees but one of them: then the subsets speak too.
         if best is not None and len(points) > 5 and self._convincing(best):
             return best
-        hypotheses = hypotheses.joined(self._subsets(points, ideal))
-        return self._decided(hypotheses, best)
+        return self._decided(hypotheses.joined(self._subsets(points, ideal)), best)
 
     def _subsets(self, points: FloatArray, ideal: FloatArray) -> Hypotheses:
         """Return poses of minimal subsets, until enough were tried for the inliers seen so far."""
-        found: Hypotheses | None = None
+        found = Hypotheses(np.zeros((0, 3, 3)), np.zeros((0, 3)))
         tried = most = 0
         for subsets in subset_batches(len(points), self._options.max_subsets, self._options.seed):
             new = from_subsets(points, ideal, self._problem.camera.matrix, subsets)
-            found = new if found is None else found.joined(new)
+            found = found.joined(new)
             tried += len(subsets)
             if len(new):
-                costs, inside = self._costs(new)
-                most = max(most, int((inside.sum(axis=1) * np.isfinite(costs)).max()))
+                most = max(most, int((self._distances(new) <= self._wide).sum(axis=1).max()))
             if enough(tried, min(most, len(points)), len(points)):
                 break
-        return found if found is not None else Hypotheses(np.zeros((0, 3, 3)), np.zeros((0, 3)))
+        return found
 
-    def _costs(self, hypotheses: Hypotheses) -> tuple[FloatArray, BoolArray]:
-        return truncated_costs(self._problem, hypotheses, self._information, self._wide)
+    def _distances(self, hypotheses: Hypotheses) -> FloatArray:
+        return squared_distances(self._problem, hypotheses, self._information)
 
     def _decided(self, hypotheses: Hypotheses, best: Fit | None) -> Fit | Rejection:
         """Refine the most promising hypotheses and return the best of all."""
         if not len(hypotheses):
             detail = "no solver found a pose; the keypoints may be collinear or coincide."
             return Rejection(RejectReason.NO_CONVERGENCE, detail)
-        other = self._best_of(hypotheses, None, 6)
+        other = self._best_of(hypotheses, 6, subset=True)
         fits = [fit for fit in (best, other) if fit is not None]
         if fits:
             return min(fits, key=self._score)
-        if not np.isfinite(self._costs(hypotheses)[0]).any():
+        if not np.isfinite(self._distances(hypotheses)).any():
             detail = "every pose that fits the keypoints has some of them behind the camera."
             return Rejection(RejectReason.BEHIND_CAMERA, detail)
-        detail = f"no pose was found on which {self._min_inliers} of {len(self._problem)} keypoints agree."
+        detail = f"no pose was found on which {self._options.min_inliers} of {len(self._problem)} keypoints agree."
         return Rejection(RejectReason.TOO_FEW_KEYPOINTS, detail)
 
-    def _best_of(self, hypotheses: Hypotheses, inliers: BoolArray | None, most: int) -> Fit | None:
-        """Return the best refinement of the cheapest ``most`` hypotheses, on these inliers or each on its own."""
-        if not len(hypotheses):
-            return None
-        costs, inside = self._costs(hypotheses)
+    def _best_of(self, hypotheses: Hypotheses, most: int, subset: bool) -> Fit | None:
+        """Return the best refinement of the cheapest ``most`` hypotheses.
+
+        A hypothesis from a subset is refined on the keypoints near it. One from all keypoints, or from the last
+        frame, may be off for all of them alike: there only those far beyond the median are left out at first.
+        """
         best: Fit | None = None
+        distances = self._distances(hypotheses)
+        costs = np.minimum(distances, self._wide).sum(axis=1)
         for index in np.argsort(costs, kind="stable")[:most]:
-            chosen = inside[index] if inliers is None else inliers
-            if not np.isfinite(costs[index]) or np.count_nonzero(chosen) < self._options.min_inliers:
+            limit = self._wide
+            if not subset:
+                limit = max(limit, 9 * float(np.median(distances[index])))
+            near = (distances[index] <= limit) & np.isfinite(distances[index])
+            if np.count_nonzero(near) < self._options.min_inliers:
                 continue
-            fit = self._refined(hypotheses.rotations[index], hypotheses.translations[index], chosen)
+            fit = self._refined(hypotheses.rotations[index], hypotheses.translations[index], near)
             if fit is not None and (best is None or self._score(fit) < self._score(best)):
                 best = fit
         return best

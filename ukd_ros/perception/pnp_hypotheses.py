@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from ukd_ros.geometry.arrays import BoolArray, FloatArray
+from ukd_ros.geometry.arrays import FloatArray
 from ukd_ros.geometry.pose import exp_so3
 from ukd_ros.perception.pnp_refine import PnpProblem
 
@@ -52,7 +52,8 @@ class Hypotheses:
 
 def flatness(points: FloatArray) -> float:
     """Return thickness over length of a point set [n, 3]: the ratio of its smallest and largest rms extent."""
-    values = np.linalg.svd(points - points.mean(axis=0), compute_uv=False)
+    centred = points - points.mean(axis=0)
+    values = np.linalg.svd(centred, compute_uv=False)
     return float(values[-1] / values[0]) if len(points) >= 3 and values[0] > 0 else 0.0
 
 
@@ -117,23 +118,18 @@ def enough(tried: int, inliers: int, count: int) -> bool:
     return clean >= 1 or (clean > 0 and tried * math.log1p(-clean) <= math.log(MISS_PROBABILITY))
 
 
-def truncated_costs(
-    problem: PnpProblem, hypotheses: Hypotheses, block_information: FloatArray, limit: float
-) -> tuple[FloatArray, BoolArray]:
-    """Return the costs [h] and the inliers [h, n] of hypotheses.
+def squared_distances(problem: PnpProblem, hypotheses: Hypotheses, block_information: FloatArray) -> FloatArray:
+    """Return [h, n]: each keypoint's squared Mahalanobis distance, by its own 2x2 block, from each hypothesis.
 
-    A keypoint costs its squared Mahalanobis distance by its own 2x2 block, at most ``limit``. A pose with any
-    keypoint behind the camera costs infinity.
+    Infinite where it cannot be seen, and for all keypoints of a pose that has any of them behind the camera.
     """
     count = len(problem)
     placed = problem.points @ hypotheses.rotations.transpose(0, 2, 1) + hypotheses.translations[:, None, :]
     projected = problem.camera.project(placed.reshape(-1, 3)).reshape(-1, count, 2)
     error = problem.xy - projected
-    squared = np.einsum("hki,kij,hkj->hk", error, block_information, error)
-    inside = squared <= limit
-    costs = np.where(inside, squared, limit).sum(axis=1)
-    costs[(placed[:, :, 2] <= 0).any(axis=1)] = np.inf
-    return costs, inside
+    squared = ((error[:, :, None, :] @ block_information)[:, :, 0, :] * error).sum(axis=2)
+    squared[(placed[:, :, 2] <= 0).any(axis=1)] = np.inf
+    return np.asarray(np.where(np.isnan(squared), np.inf, squared))
 
 
 def mirrored(points: FloatArray, rotation: FloatArray, translation: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -143,7 +139,8 @@ def mirrored(points: FloatArray, rotation: FloatArray, translation: FloatArray) 
     planar object keeps its image up to perspective (the two minima of Schweighofer and Pinz 2006).
     """
     centre = points.mean(axis=0)
-    thin = np.linalg.svd(points - centre)[2][2]
+    centred = points - centre
+    thin = np.linalg.eigh(centred.T @ centred)[1][:, 0]
     place = rotation @ centre + translation
     sight = place / np.linalg.norm(place)
     flip_depth = np.eye(3) - 2 * np.outer(sight, sight)

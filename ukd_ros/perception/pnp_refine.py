@@ -14,8 +14,8 @@ from ukd_ros.geometry.arrays import BoolArray, FloatArray
 from ukd_ros.geometry.camera import Camera
 from ukd_ros.geometry.pose import exp_so3, skew
 
-STEP_TOLERANCE = 1e-8
-"""Refinement stops at a step of squared length below this, in standard deviations of the answer (1e-4 sigma)."""
+STEP_TOLERANCE = 1e-6
+"""Refinement stops after a step of squared length below this, in standard deviations of the answer (1e-3 sigma)."""
 
 MAX_DAMPING = 1e8
 
