@@ -35,7 +35,6 @@ from ukd_ros.geometry.estimate import PoseEstimate, Rejection
 from ukd_ros.geometry.view import View
 from ukd_ros.perception.backends import BackendError
 from ukd_ros.perception.bundle import BundleError
-from ukd_ros.perception.estimator import EstimatorOptions
 from ukd_ros.perception.images import camera_from_message
 from ukd_ros.ros.diagnostics import (
     FrameStatistics,
@@ -51,6 +50,7 @@ from ukd_ros.ros.loading import EstimatorFactory, LoadedModel, load_model
 from ukd_ros.ros.messages import KnownObjects
 from ukd_ros.ros.node_options import NodeOptions, check_object
 from ukd_ros.ros.outputs import PoseOutputs
+from ukd_ros.ros.parameter_file import pose_node_groups
 from ukd_ros.ros.parameters import OptionParameters
 from ukd_ros.ros.worker import FrameTools, FrameWorker, Job, Result
 
@@ -101,8 +101,9 @@ class PoseNode(LifecycleNode):
         self._applied_version = 0
         self.statistics = FrameStatistics()
         self.problems = ProblemLog(lambda text: self.get_logger().warning(text))
-        groups = {"": NodeOptions(), "estimator": EstimatorOptions()}
-        self._options = OptionParameters(self, groups, lambda: self._session is not None, self._check_options)
+        self._options = OptionParameters(
+            self, pose_node_groups(), lambda: self._session is not None, self._check_options
+        )
         self._diagnostics_publisher = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self._tick_timer = self.create_timer(TICK_S, self._tick, clock=Clock(clock_type=ClockType.STEADY_TIME))
         self._enable_service = self.create_service(SetBool, "~/set_enabled", self._on_set_enabled)
