@@ -12,8 +12,6 @@ import re
 import sys
 import tempfile
 from collections.abc import Mapping
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 VARIABLES = ("FASTRTPS_DEFAULT_PROFILES_FILE", "FASTDDS_DEFAULT_PROFILES_FILE")
@@ -30,18 +28,13 @@ SHARED_MEMORY = Path("/dev/shm")
 
 
 def share_file(relative: str) -> Path:
-    """Return a file of this package's share: in the ament index, below sys.prefix, or in the checkout.
+    """Return a file of this package's share: below AMENT_PREFIX_PATH, below sys.prefix, or in the checkout.
 
     FileNotFoundError names the places that were looked at.
     """
-    places = []
-    if find_spec("ament_index_python") is not None:
-        index = import_module("ament_index_python.packages")
-        try:
-            places.append(Path(index.get_package_share_directory("ukd_ros")))
-        except LookupError:  # not built by colcon
-            pass
-    places += [Path(sys.prefix) / "share" / "ukd_ros", Path(__file__).resolve().parents[2]]
+    prefixes = [prefix for prefix in os.environ.get("AMENT_PREFIX_PATH", "").split(os.pathsep) if prefix]
+    places = [Path(prefix) / "share" / "ukd_ros" for prefix in (*prefixes, sys.prefix)]
+    places.append(Path(__file__).resolve().parents[2])
     for place in places:
         if (place / relative).exists():
             return place / relative
