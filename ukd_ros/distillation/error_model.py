@@ -12,7 +12,6 @@ depend on the parameters and are computed once; C^-1 is then a rank-4 correction
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -254,21 +253,15 @@ class HeldOut:
     miss: float
 
 
-def fitting_ways(with_modes: bool) -> dict[str, Callable[[ErrorSamples], Fit]]:
-    """Return the ways to fit that compete: keypoint likelihood, refined on poses, scaled to nominal coverage."""
-
-    def likelihood(samples: ErrorSamples) -> Fit:
-        return fit_likelihood(samples, with_modes)
-
-    def pose_level(samples: ErrorSamples) -> Fit:
-        fit = likelihood(samples)
-        return replace(fit, calibration=fit_pose_level(samples, fit.calibration, with_modes))
-
-    def covered(samples: ErrorSamples) -> Fit:
-        fit = pose_level(samples)
-        return replace(fit, calibration=scaled_to_coverage(samples, fit.calibration))
-
-    return {"likelihood": likelihood, "pose_level": pose_level, "pose_level_covered": covered}
+def fit_every_way(samples: ErrorSamples, with_modes: bool = True) -> dict[str, Calibration]:
+    """Return the calibrations that compete: by keypoint likelihood, refined on poses, scaled to nominal coverage."""
+    fit = fit_likelihood(samples, with_modes)
+    refined = fit_pose_level(samples, fit.calibration, with_modes)
+    return {
+        "likelihood": fit.calibration,
+        "pose_level": refined,
+        "pose_level_covered": scaled_to_coverage(samples, refined),
+    }
 
 
 def choose(scores: dict[str, HeldOut], tolerance: float = 0.01) -> str:
@@ -294,3 +287,30 @@ def held_out(samples: ErrorSamples, calibrations: list[Calibration], fold: Float
         share = coverage(np.concatenate(squares[part]), where.stop - where.start, 0.95)
         misses.append(abs(share - 0.95))
     return HeldOut(float(np.concatenate(nlls).mean()), max(misses))
+
+
+@dataclass(frozen=True, eq=False)
+class CrossFit:
+    """A calibration with its honest twins.
+
+    calibration: fitted on all samples, in the way that did best on held-out folds. way: its name. scores: of every way.
+    fold: [n], and by_fold: the calibrations, each fitted without its fold: what to judge each sample by.
+    """
+
+    calibration: Calibration
+    way: str
+    scores: dict[str, HeldOut]
+    fold: FloatArray
+    by_fold: tuple[Calibration, ...]
+
+
+def cross_fit(samples: ErrorSamples, folds: int = 4, with_modes: bool = True) -> CrossFit:
+    """Fit every way on all folds but one, each in turn, choose the best way, and fit it on everything.
+
+    ValueError when there are too few samples.
+    """
+    fold = samples.folds(folds)
+    fits = [fit_every_way(samples.select(fold != index), with_modes) for index in range(folds)]
+    scores = {way: held_out(samples, [fit[way] for fit in fits], fold) for way in fits[0]}
+    way = choose(scores)
+    return CrossFit(fit_every_way(samples, with_modes)[way], way, scores, fold, tuple(fit[way] for fit in fits))

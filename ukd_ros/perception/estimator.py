@@ -39,6 +39,9 @@ STAGES = ("locate", "crop", "zoom", "votes", "pnp", "total")
 """Keys of ``FrameResult.timings_ms``: the network on the frame, cutting and warping, the network on the crops, votes to
 instances, poses from keypoints, and everything."""
 
+DEFAULT_CONTEXT = 1.5
+"""Side of the zoomed square over the longer side of the keypoint box, where the model does not say its own."""
+
 
 @dataclass(frozen=True)
 class EstimatorOptions:
@@ -47,8 +50,12 @@ class EstimatorOptions:
     votes: VoteOptions = field(default_factory=VoteOptions, metadata={"help": "How votes become instances."})
     pnp: PnpOptions = field(default_factory=PnpOptions, metadata={"help": "How keypoints become poses."})
     zoom_factor: float = field(
-        default=1.5,
-        metadata={"help": "Side of the zoomed square over the longer side of the object's keypoint box.", "unit": ""},
+        default=0.0,
+        metadata={
+            "help": "Side of the zoomed square over the longer side of the object's keypoint box; 0 takes what the "
+            "model was trained with.",
+            "unit": "",
+        },
     )
     min_zoom_side: float = field(
         default=24.0, metadata={"help": "The zoomed square is at least this large in the image.", "unit": "px"}
@@ -129,8 +136,8 @@ class EstimatorOptions:
         for name in positive:
             if not getattr(self, name) > 0.0:
                 raise ValueError(f"{name}: is {getattr(self, name)}, but a positive number is needed.")
-        if not 1.0 <= self.zoom_factor <= 10.0:
-            raise ValueError(f"zoom_factor: is {self.zoom_factor}, but 1..10 is needed.")
+        if self.zoom_factor != 0.0 and not 1.0 <= self.zoom_factor <= 10.0:
+            raise ValueError(f"zoom_factor: is {self.zoom_factor}, but 0 or 1..10 is needed.")
         for name in ("confirm_overlap", "min_score"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}: is {getattr(self, name)}, but 0..1 is needed.")
@@ -185,6 +192,7 @@ class PoseEstimator:
         self._zoom = zoom or open_backend(backend, bundle, "zoom", threads)
         if self._zoom.width != self._zoom.height:
             raise ValueError(f"The zoom graph takes {self._zoom.width}x{self._zoom.height} px, but a square is needed.")
+        self._context = bundle.graphs["zoom"].context or DEFAULT_CONTEXT
         self._book = TrackBook()
         self._camera: Camera | None = None
         self._frame_id = ""
@@ -268,7 +276,7 @@ class PoseEstimator:
     def _zoom_once(self, view: View, class_index: int, box: FloatArray) -> VoteInstance | None:
         """Cut the square about the box, run the network and return the instance that fits the box best."""
         with self._timed("crop"):
-            side = max(self.options.zoom_factor * _longer_side(box), self.options.min_zoom_side)
+            side = max(self._factor() * _longer_side(box), self.options.min_zoom_side)
             crop = square_crop(0.5 * (box[:2] + box[2:]), side, self._zoom.width)
             image = crop.warp(view.image)
         with self._timed("zoom"):
@@ -282,9 +290,13 @@ class PoseEstimator:
             best = int(np.argmax(overlaps))
             return same[best] if overlaps[best] >= self.options.confirm_overlap else None
 
+    def _factor(self) -> float:
+        """Return the side of the zoomed square over the longer side of the keypoint box."""
+        return self.options.zoom_factor or self._context
+
     def _moved(self, box: FloatArray, seen: FloatArray) -> bool:
         """Return whether what the crop shows is elsewhere or of another size than its box assumed."""
-        side = self.options.zoom_factor * _longer_side(box)
+        side = self._factor() * _longer_side(box)
         shift = 0.5 * float(np.abs(box[:2] + box[2:] - seen[:2] - seen[2:]).max())
         growth = abs(_longer_side(seen) - _longer_side(box))
         return max(shift, growth) > self.options.zoom_moved * side

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration from views to model.yaml: errors of known correlation are recovered, and coverage becomes nominal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from perception.painted_world import MODELS, VGA, FakeBackend, World  # noqa: E402
+
+from ukd_ros.distillation import calibrate as module  # noqa: E402
+from ukd_ros.distillation.calibrate import (  # noqa: E402
+    CalibrationOptions,
+    CalibrationReport,
+    calibrate,
+    collect,
+    match,
+    write_report,
+)
+from ukd_ros.geometry.keypoints import Keypoints  # noqa: E402
+from ukd_ros.geometry.object_model import ObjectModel, Symmetries  # noqa: E402
+from ukd_ros.geometry.pose import Pose, exp_so3  # noqa: E402
+from ukd_ros.geometry.view import LabelledView, ObjectLabel  # noqa: E402
+from ukd_ros.perception.estimator import EstimatorOptions, PoseEstimator  # noqa: E402
+from ukd_ros.perception.manifest import GraphSpec  # noqa: E402
+from ukd_ros.perception.votes import Calibration, VoteInstance, keypoint_box  # noqa: E402
+
+MODES = np.array([1.0, 1.0, 0.8, 0.5])
+
+
+class PaintedViews:
+    """Labelled views of a painted world: one object each, some of them truncated or unlabelled."""
+
+    def __init__(self, world: World, count: int) -> None:
+        self.world, self.count = world, count
+        self.truncated: set[int] = set()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def view(self, index: int) -> LabelledView:
+        rng = np.random.default_rng(index)
+        pose = Pose(exp_so3(rng.normal(0.0, 1.0, 3)), np.array([*rng.uniform(-0.12, 0.12, 2), rng.uniform(0.45, 0.9)]))
+        kind = index % 2
+        self.world.objects = [(kind, pose)]
+        plain = self.world.view(index)
+        label = ObjectLabel(MODELS[kind].name, pose, truncated=index in self.truncated)
+        return LabelledView(plain.image, plain.camera, objects=(label,))
+
+
+def estimator_of(world: World) -> PoseEstimator:
+    graphs = {"locate": GraphSpec("locate.onnx", 320, 256), "zoom": GraphSpec("zoom.onnx", 128, 128, context=1.5)}
+    bundle = SimpleNamespace(name="painted", objects=MODELS, graphs=graphs, calibration=Calibration())
+    return PoseEstimator(
+        bundle,  # type: ignore[arg-type]
+        options=EstimatorOptions(tracking=False),
+        locate=FakeBackend(world, 320, 256, 1.5, locate=True),
+        zoom=FakeBackend(world, 128, 128, 0.8, locate=False),
+    )
+
+
+@pytest.fixture(scope="module")
+def report() -> CalibrationReport:
+    world = World(vote_correlation=0.4, modes=MODES, votes=(3, 16))
+    views = PaintedViews(world, 200)
+    return calibrate(estimator_of(world), views, CalibrationOptions(folds=2))
+
+
+def test_known_sharing_of_errors_is_recovered(report: CalibrationReport) -> None:
+    """Through crops, votes and robust fusion: what the votes were drawn with comes back."""
+    fit = report.calibration
+    assert report.matched == report.labels == 200 and report.unmatched == 0
+    blocks = fit.block_factor * (fit.vote_correlation + (1.0 - fit.vote_correlation) / 8.0)
+    assert blocks == pytest.approx(0.4 + 0.6 / 8.0, rel=0.2)
+    np.testing.assert_allclose(fit.modes, MODES, rtol=0.4)
+    assert (fit.views, fit.instances) == (200, 200)
+
+
+def test_coverage_is_nominal_and_block_diagonal_is_not(report: CalibrationReport) -> None:
+    joint, blocks, raw = (report.checks[name] for name in ("joint", "block_diagonal", "uncalibrated"))
+    for part in ("pose", "xy", "z", "rotation"):
+        assert 0.895 <= joint.coverage[part][0.95] <= 0.985, part
+    assert 4.8 < joint.nees < 7.5
+    # No block-diagonal covariance fits: position is overconfident while rotation is timid.
+    assert blocks.coverage["rotation"][0.95] - blocks.coverage["xy"][0.95] > 0.04
+    assert blocks.sigma_rotation_deg > 1.5 * joint.sigma_rotation_deg
+    assert raw.coverage["pose"][0.95] < 0.7
+    assert joint.nll < blocks.nll - 0.1 and joint.nll < raw.nll
+    assert joint.poses + sum(joint.rejected.values()) == 200
+
+
+def test_the_report_is_written_whole(report: CalibrationReport, tmp_path: Path) -> None:
+    write_report(report, tmp_path / "out")
+    data = json.loads((tmp_path / "out" / "calibration.json").read_text(encoding="utf-8"))
+    assert data["checks"]["joint"]["coverage"]["pose"]["0.95"] == report.checks["joint"].coverage["pose"][0.95]
+    assert data["calibration"]["modes"] == report.calibration.modes.tolist()
+    picture = cv2.imread(str(tmp_path / "out" / "reliability.png"))
+    assert picture is not None and picture.std() > 5
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["calibration.json", "reliability.png"]
+    assert "block_diagonal" in report.table()
+
+
+def test_oracle_crops_need_no_locate_stage() -> None:
+    world = World()
+    views = PaintedViews(world, 12)
+    found = collect(estimator_of(world), views, CalibrationOptions(crops="oracle"))
+    assert world.locate_runs == 0 and world.zoom_runs == 12
+    assert len(found.matches) == 12
+
+
+def test_hidden_and_truncated_objects_are_neither_sought_nor_false_alarms() -> None:
+    world = World()
+    views = PaintedViews(world, 10)
+    views.truncated = {2, 5}
+    found = collect(estimator_of(world), views, CalibrationOptions())
+    assert (found.labels, len(found.matches), found.unmatched) == (8, 8, 0)
+    found = collect(estimator_of(world), views, CalibrationOptions(truncated=True), limit=6)
+    assert (found.labels, len(found.matches), found.views) == (6, 6, 6)
+
+
+def test_matching_takes_the_nearest_and_the_equivalent_pose_of_a_symmetric_object() -> None:
+    half_turn = Pose(exp_so3(np.array([0.0, 0.0, np.pi])), np.zeros(3))
+    plate = ObjectModel("plate", MODELS[0].keypoints_3d, 0.14, Symmetries(discrete=(half_turn,)))
+    truth = Pose(exp_so3(np.array([0.3, 0.2, 0.1])), np.array([0.0, 0.0, 0.7]))
+    far = Pose(truth.rotation, np.array([0.2, 0.0, 0.7]))
+    xy = VGA.project((truth @ half_turn).transform(plate.keypoints_3d)) + 1.0
+    K = len(xy)
+    instance = VoteInstance(
+        0, 0.9, Keypoints(xy, np.eye(2 * K), np.ones(K)), keypoint_box(xy), 5, np.tile(np.eye(2), (K, 1, 1)), np.ones(K)
+    )
+    pairs, unmatched = match([instance, instance], [(0, far, True), (0, truth, True)], VGA, [plate], 0.5)
+    assert len(pairs) == 1 and unmatched == 1  # a label answers for one instance only
+    np.testing.assert_allclose(pairs[0][1].matrix(), (truth @ half_turn).matrix(), atol=1e-12)
+
+
+def test_an_ignorant_model_is_an_error() -> None:
+    world = World(blind_zoom=True)
+    with pytest.raises(ValueError, match="No instance matches"):
+        calibrate(estimator_of(world), PaintedViews(world, 5))
+
+
+@pytest.mark.parametrize(
+    ("change", "name"), [({"crops": "guess"}, "crops"), ({"folds": 1}, "folds"), ({"min_visible": 2.0}, "min_visible")]
+)
+def test_bad_options_are_named(change: dict[str, object], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        CalibrationOptions(**change)  # type: ignore[arg-type]
+
+
+def test_the_result_is_stored_in_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The public entry opens model and data, stores exactly what it reports, and says where it comes from."""
+    world = World(votes=(3, 16))
+    stored: dict[str, object] = {}
+
+    def store(path: Path, calibration: Calibration, provenance: dict[str, object]) -> None:
+        stored.update(path=path, calibration=calibration, provenance=provenance)
+
+    monkeypatch.setattr(module, "find_model", lambda name: Path(name))
+    monkeypatch.setattr(module, "load_bundle", lambda root: SimpleNamespace(name="painted"))
+    monkeypatch.setattr(module, "PoseEstimator", lambda bundle, backend, options: estimator_of(world))
+    monkeypatch.setattr(module, "BopDataset", lambda root: PaintedViews(world, 60))
+    monkeypatch.setattr(module, "update_calibration", store)
+    options = CalibrationOptions(folds=2, crops="oracle")
+    report = module.calibrate_model(
+        tmp_path, tmp_path / "renders", limit=50, out=tmp_path / "out", progress=False, options=options
+    )
+    assert stored["path"] == tmp_path and stored["calibration"] is report.calibration
+    assert report.views == 50 and report.dataset == "renders" and report.model == "painted"
+    kept = stored["provenance"]["calibrated_on"]  # type: ignore[index]
+    assert kept["data"] == "renders" and kept["matched"] == report.matched
+    assert (tmp_path / "out" / "calibration.json").is_file()

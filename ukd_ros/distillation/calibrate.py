@@ -1,0 +1,450 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibrating a model: how far are its error bars to be believed, measured on held-out labelled views.
+
+The estimator runs as it will on the robot; what it finds is matched with the truth, and how its keypoint errors are
+shared (perception/votes.py) is fitted to what is left. Then poses are solved with calibrations that have not seen their
+view, and coverage, sharpness and likelihood say what was gained, with the block-diagonal variant beside it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from ukd_ros.data.bop import BopDataset
+from ukd_ros.data.dataset import LabelledViews
+from ukd_ros.distillation.error_model import PARTS, CrossFit, ErrorSamples, HeldOut, capped_nll, cross_fit
+from ukd_ros.distillation.reliability import draw_reliability
+from ukd_ros.geometry.arrays import FloatArray
+from ukd_ros.geometry.camera import Camera
+from ukd_ros.geometry.estimate import Rejection
+from ukd_ros.geometry.keypoints import Keypoints
+from ukd_ros.geometry.metrics import coverage, expected_calibration_error, nees
+from ukd_ros.geometry.object_model import ObjectModel
+from ukd_ros.geometry.pose import Pose
+from ukd_ros.geometry.view import LabelledView
+from ukd_ros.perception.bundle import find_model, load_bundle, update_calibration
+from ukd_ros.perception.estimator import EstimatorOptions, PoseEstimator
+from ukd_ros.perception.pnp import projection_jacobian
+from ukd_ros.perception.votes import Calibration, VoteInstance, joint_covariance, keypoint_box
+
+logger = logging.getLogger(__name__)
+
+LEVELS = (0.5, 0.68, 0.8, 0.9, 0.95, 0.99)
+"""Nominal levels whose coverage is reported."""
+
+CROPS = ("locate", "oracle")
+"""Where the zoomed crops come from: the locate stage, or the truth with a jitter."""
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What counts as a sample, and how the samples are split."""
+
+    crops: str = field(default="locate", metadata={"help": "Crops from the locate stage, or from the jittered truth."})
+    min_visible: float = field(
+        default=0.1, metadata={"help": "Labels less visible than this are neither sought nor matched.", "unit": "0..1"}
+    )
+    match_radius: float = field(
+        default=0.5,
+        metadata={
+            "help": "An estimate is of a labelled object when the median distance of their keypoints is below this "
+            "fraction of the object's box.",
+            "unit": "fraction",
+        },
+    )
+    truncated: bool = field(default=False, metadata={"help": "Also use objects that leave the image."})
+    folds: int = field(default=4, metadata={"help": "Blocks of views for cross-validation.", "unit": "blocks"})
+    jitter_shift: float = field(
+        default=0.1, metadata={"help": "Oracle crops are off by up to this fraction of the box.", "unit": "fraction"}
+    )
+    jitter_scale: float = field(
+        default=1.2, metadata={"help": "Oracle crops are too large or small by up to this factor.", "unit": "factor"}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the jitter."})
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range; ValueError names the field."""
+        if self.crops not in CROPS:
+            raise ValueError(f"crops: is {self.crops!r}, but one of {', '.join(CROPS)} is needed.")
+        if not 0.0 <= self.min_visible <= 1.0:
+            raise ValueError(f"min_visible: is {self.min_visible}, but 0..1 is needed.")
+        if not self.match_radius > 0.0 or not self.jitter_shift >= 0.0 or not self.jitter_scale >= 1.0:
+            raise ValueError("match_radius must be positive, jitter_shift 0 or more and jitter_scale 1 or more.")
+        if self.folds < 2:
+            raise ValueError(f"folds: is {self.folds}, but at least 2 are needed to hold one out.")
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """An instance that the estimator found and the labelled object that it is of, in view number ``view``."""
+
+    instance: VoteInstance
+    truth: Pose
+    camera: Camera
+    view: int
+
+
+@dataclass(frozen=True, eq=False)
+class Collection:
+    """What a data set gave: matches, labelled objects sought, and instances of no labelled object."""
+
+    matches: tuple[Match, ...]
+    views: int
+    labels: int
+    unmatched: int
+
+
+@dataclass(frozen=True)
+class PoseCheck:
+    """How the poses of one variant of the covariance compare with the truth.
+
+    poses, rejected: solved, and refused by PnP or the gate. nees: mean normalised squared error (6 expected), its
+    median beside it (5.35 expected). coverage: per part (pose, xy, z, rotation) and level. calibration_error: mean
+    |coverage - level| per part. sigma_xy_mm, sigma_z_mm, sigma_rotation_deg: medians of the predicted standard
+    deviations (sharpness). nll: mean pose negative log-likelihood, nats, with the far tail counted by its logarithm
+    (capped_nll). error_xy_mm, error_z_mm, error_rotation_deg: medians of the errors themselves.
+    """
+
+    poses: int
+    rejected: dict[str, int]
+    nees: float
+    nees_median: float
+    coverage: dict[str, dict[float, float]]
+    calibration_error: dict[str, float]
+    sigma_xy_mm: float
+    sigma_z_mm: float
+    sigma_rotation_deg: float
+    nll: float
+    error_xy_mm: float
+    error_z_mm: float
+    error_rotation_deg: float
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationReport:
+    """What was fitted, on what, and what it is worth (every check by calibrations that have not seen the view).
+
+    labels: labelled objects sought; matched of them found; unmatched: instances of no labelled object. way: how the
+    shipped calibration was fitted, ways: the held-out scores that chose it. checks: "joint" (shipped),
+    "block_diagonal" (modes 0, refitted), "uncalibrated" (the network's own error bars).
+    """
+
+    model: str
+    dataset: str
+    crops: str
+    views: int
+    labels: int
+    matched: int
+    unmatched: int
+    calibration: Calibration
+    block_diagonal: Calibration
+    way: str
+    ways: dict[str, HeldOut]
+    checks: dict[str, PoseCheck]
+    squares: dict[str, dict[str, FloatArray]] = field(repr=False, default_factory=dict)
+
+    def as_data(self) -> dict[str, Any]:
+        """Return the report as plain data for JSON (without the single NEES values)."""
+        data = {
+            item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name not in ("squares",)
+        }
+        for name in ("calibration", "block_diagonal"):
+            data[name] = {**dataclasses.asdict(data[name]), "modes": data[name].modes.tolist()}
+        data["ways"] = {name: dataclasses.asdict(score) for name, score in self.ways.items()}
+        data["checks"] = {name: dataclasses.asdict(check) for name, check in self.checks.items()}
+        return data
+
+    def table(self) -> str:
+        """Return the checks as a text table."""
+        header = f"{'':16} poses  NEES  cov95: pose    xy     z   rot   s_xy mm   s_z mm  s_rot deg     NLL"
+        rows = [header]
+        for name, check in self.checks.items():
+            shares = " ".join(f"{100 * check.coverage[part][0.95]:5.1f}" for part in PARTS)
+            rows.append(
+                f"{name:16} {check.poses:5d} {check.nees:5.1f}       {shares} {check.sigma_xy_mm:9.2f} "
+                f"{check.sigma_z_mm:8.2f} {check.sigma_rotation_deg:10.2f} {check.nll:7.2f}"
+            )
+        return "\n".join(rows)
+
+
+def calibrate_model(
+    model_dir: Path | str,
+    dataset_dir: Path | str,
+    limit: int | None = None,
+    out: Path | str | None = None,
+    backend: str = "auto",
+    progress: bool = True,
+    *,
+    options: CalibrationOptions | None = None,
+    estimator_options: EstimatorOptions | None = None,
+) -> CalibrationReport:
+    """Calibrate a model on a labelled BOP data set and store the result in its model.yaml (by rename).
+
+    limit: at most so many views, from the start. out: folder for calibration.json and reliability.png.
+    The data must be neither trained nor evaluated on. Raises BundleError, BackendError or BopError for what cannot be
+    opened, ValueError when too few instances were found to fit anything.
+    """
+    options = options or CalibrationOptions()
+    root = find_model(model_dir)
+    bundle = load_bundle(root)
+    estimator = PoseEstimator(bundle, backend, estimator_options)
+    views = BopDataset(dataset_dir)
+    report = calibrate(estimator, views, options, limit, progress)
+    report = replace(report, model=bundle.name, dataset=Path(dataset_dir).resolve().name)
+    update_calibration(root, report.calibration, {"calibrated_on": _provenance(report)})
+    if out is not None:
+        write_report(report, Path(out))
+    logger.info("%s calibrated on %d instances:\n%s", root, report.matched, report.table())
+    return report
+
+
+def calibrate(
+    estimator: PoseEstimator,
+    views: LabelledViews,
+    options: CalibrationOptions | None = None,
+    limit: int | None = None,
+    progress: bool = False,
+) -> CalibrationReport:
+    """Run the estimator on labelled views, fit the calibration and check the poses; nothing is stored.
+
+    ValueError when fewer than about 30 instances match a label.
+    """
+    options = options or CalibrationOptions()
+    found = collect(estimator, views, options, limit, progress)
+    samples = error_samples(found.matches, estimator.objects)
+    joint = cross_fit(samples, options.folds, with_modes=True)
+    blocks = cross_fit(samples, options.folds, with_modes=False)
+    plain = replace(joint, by_fold=(Calibration(),) * options.folds)
+    checks: dict[str, PoseCheck] = {}
+    squares: dict[str, dict[str, FloatArray]] = {}
+    for name, fit in (("joint", joint), ("block_diagonal", blocks), ("uncalibrated", plain)):
+        checks[name], squares[name] = check_poses(estimator, found.matches, fit)
+    stamped = [replace(fit.calibration, views=found.views, instances=len(found.matches)) for fit in (joint, blocks)]
+    return CalibrationReport(
+        model="",
+        dataset="",
+        crops=options.crops,
+        views=found.views,
+        labels=found.labels,
+        matched=len(found.matches),
+        unmatched=found.unmatched,
+        calibration=stamped[0],
+        block_diagonal=stamped[1],
+        way=joint.way,
+        ways=joint.scores,
+        checks=checks,
+        squares=squares,
+    )
+
+
+def collect(
+    estimator: PoseEstimator,
+    views: LabelledViews,
+    options: CalibrationOptions,
+    limit: int | None = None,
+    progress: bool = False,
+) -> Collection:
+    """Run the estimator on labelled views and match what it finds; instances below its min_score do not count."""
+    matches: list[Match] = []
+    labels = unmatched = 0
+    count = len(views) if limit is None else min(limit, len(views))
+    for index in tqdm(range(count), desc="calibrating", unit="view", disable=not progress):
+        view = views.view(index)
+        truths = _truths(view, estimator.objects, options)
+        labels += sum(sought for _, _, sought in truths)
+        if options.crops == "oracle":
+            rng = np.random.default_rng((options.seed, index))
+            boxes = [
+                (class_index, _jittered(_projected_box(view, estimator.objects[class_index], pose), options, rng))
+                for class_index, pose, sought in truths
+                if sought
+            ]
+            zoomed = [estimator.zoom(view, class_index, box) for class_index, box in boxes]
+            instances = [instance for instance in zoomed if instance is not None]
+        else:
+            instances = estimator.observe(view)
+        sure = [instance for instance in instances if instance.score >= estimator.options.min_score]
+        pairs, left = match(sure, truths, view.camera, estimator.objects, options.match_radius)
+        matches += [Match(instance, pose, view.camera, index) for instance, pose, sought in pairs if sought]
+        unmatched += left
+    return Collection(tuple(matches), count, labels, unmatched)
+
+
+def match(
+    instances: Sequence[VoteInstance],
+    truths: Sequence[tuple[int, Pose, bool]],
+    camera: Camera,
+    objects: Sequence[ObjectModel],
+    radius: float,
+) -> tuple[list[tuple[VoteInstance, Pose, bool]], int]:
+    """Pair instances, best score first, with the nearest free label of their class within the radius.
+
+    truths: (class, pose, whether it is sought). A symmetric object's pose comes back as the equivalent one nearest to
+    the instance. Returns the pairs and how many instances are of no label.
+    """
+    free = list(truths)
+    pairs: list[tuple[VoteInstance, Pose, bool]] = []
+    unmatched = 0
+    for instance in instances:
+        best: tuple[float, int, Pose] | None = None
+        for number, (class_index, truth, _) in enumerate(free):
+            if class_index != instance.class_index:
+                continue
+            model = objects[class_index]
+            for motion in model.symmetries.poses():
+                pose = truth @ motion
+                xy = camera.project(pose.transform(model.keypoints_3d))
+                distance = float(np.median(np.linalg.norm(xy - instance.keypoints.xy, axis=1)))
+                size = float(np.ptp(xy, axis=0).max())
+                if distance < radius * size and (best is None or distance < best[0]):
+                    best = (distance, number, pose)
+        if best is None:
+            unmatched += 1
+            continue
+        _, _, sought = free.pop(best[1])
+        pairs.append((instance, best[2], sought))
+    return pairs, unmatched
+
+
+def error_samples(matches: Sequence[Match], objects: Sequence[ObjectModel]) -> ErrorSamples:
+    """Return the keypoint errors of the matches with what the error model needs; ValueError when there are none."""
+    if not matches:
+        raise ValueError("No instance matches a label: the model does not know these objects, or is not trained yet.")
+    errors, jacobians = [], []
+    for item in matches:
+        model = objects[item.instance.class_index]
+        pose = item.truth
+        xy, jacobian = projection_jacobian(model.keypoints_3d, pose.rotation, pose.translation, item.camera)
+        errors.append((item.instance.keypoints.xy - xy).reshape(-1))
+        jacobians.append(jacobian.reshape(-1, 6))
+    return ErrorSamples(
+        error=np.array(errors),
+        mean_blocks=np.array([item.instance.mean_blocks for item in matches]),
+        effective_votes=np.array([item.instance.effective_votes for item in matches]),
+        xy=np.array([item.instance.keypoints.xy for item in matches]),
+        jacobian=np.array(jacobians),
+        view=np.array([item.view for item in matches]),
+    )
+
+
+def check_poses(
+    estimator: PoseEstimator, matches: Sequence[Match], fit: CrossFit
+) -> tuple[PoseCheck, dict[str, FloatArray]]:
+    """Solve every match with the calibration that has not seen its view; return the check and the NEES per part."""
+    deltas, covs = [], []
+    rejected: Counter[str] = Counter()
+    for item, fold in zip(matches, fit.fold, strict=True):
+        answer = estimator.solve(item.camera, recalibrated(item.instance, fit.by_fold[int(fold)]))
+        if isinstance(answer, Rejection):
+            rejected[answer.reason.value] += 1
+            continue
+        deltas.append(item.truth.minus(answer.T_camera_object))
+        covs.append(answer.cov)
+    if not deltas:
+        raise ValueError(f"No pose was solved from {len(matches)} matched instances: {dict(rejected)}.")
+    return pose_check(np.array(deltas), np.array(covs), dict(rejected))
+
+
+def recalibrated(instance: VoteInstance, calibration: Calibration) -> VoteInstance:
+    """Return the instance with the covariance that another calibration gives."""
+    points = instance.keypoints
+    cov = joint_covariance(points.xy, instance.mean_blocks, instance.effective_votes, calibration)
+    return replace(instance, keypoints=Keypoints(points.xy, cov, points.score))
+
+
+def pose_check(delta: FloatArray, cov: FloatArray, rejected: dict[str, int]) -> tuple[PoseCheck, dict[str, FloatArray]]:
+    """Return the check of pose errors [n, 6] against covariances [n, 6, 6], and the NEES [n] per part."""
+    squares = {part: nees(delta[:, where], cov[:, where, where]) for part, where in PARTS.items()}
+    sizes = {part: where.stop - where.start for part, where in PARTS.items()}
+    variance = np.diagonal(cov, axis1=1, axis2=2)
+    check = PoseCheck(
+        poses=len(delta),
+        rejected=rejected,
+        nees=float(squares["pose"].mean()),
+        nees_median=float(np.median(squares["pose"])),
+        coverage={p: {level: coverage(squares[p], sizes[p], level) for level in LEVELS} for p in PARTS},
+        calibration_error={p: expected_calibration_error(squares[p], sizes[p]) for p in PARTS},
+        sigma_xy_mm=1e3 * float(np.median(np.sqrt(variance[:, :2].mean(axis=1)))),
+        sigma_z_mm=1e3 * float(np.median(np.sqrt(variance[:, 2]))),
+        sigma_rotation_deg=float(np.degrees(np.median(np.sqrt(variance[:, 3:].mean(axis=1))))),
+        nll=float(capped_nll(delta, cov).mean()),
+        error_xy_mm=1e3 * float(np.median(np.linalg.norm(delta[:, :2], axis=1))),
+        error_z_mm=1e3 * float(np.median(np.abs(delta[:, 2]))),
+        error_rotation_deg=float(np.degrees(np.median(np.linalg.norm(delta[:, 3:], axis=1)))),
+    )
+    return check, squares
+
+
+def write_report(report: CalibrationReport, out: Path) -> None:
+    """Write calibration.json and reliability.png into a folder, each by rename."""
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / f".calibration.{os.getpid()}.json"
+    temporary.write_text(json.dumps(report.as_data(), indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, out / "calibration.json")
+    title = f"{report.model}: {report.matched} instances of {report.dataset}, crops by {report.crops}"
+    draw_reliability(report.squares, title, out / "reliability.png")
+
+
+def _provenance(report: CalibrationReport) -> dict[str, Any]:
+    """Return what model.yaml keeps of a report."""
+    check = report.checks["joint"]
+    return {
+        "data": report.dataset,
+        "crops": report.crops,
+        "views": report.views,
+        "labels": report.labels,
+        "matched": report.matched,
+        "unmatched": report.unmatched,
+        "way": report.way,
+        "coverage_95": {part: round(check.coverage[part][0.95], 4) for part in PARTS},
+        "nees": round(check.nees, 3),
+        "sigma_xy_mm": round(check.sigma_xy_mm, 3),
+        "sigma_z_mm": round(check.sigma_z_mm, 3),
+        "sigma_rotation_deg": round(check.sigma_rotation_deg, 3),
+        "pose_nll": round(check.nll, 3),
+    }
+
+
+def _truths(
+    view: LabelledView, objects: Sequence[ObjectModel], options: CalibrationOptions
+) -> list[tuple[int, Pose, bool]]:
+    """Return (class, pose, whether it is sought) of every label that projects.
+
+    Hidden and truncated objects are not sought, but an instance of one is no false alarm.
+    """
+    names = {model.name: index for index, model in enumerate(objects)}
+    truths = []
+    for label in view.objects:
+        if label.object_name not in names:
+            continue
+        index = names[label.object_name]
+        box = _projected_box(view, objects[index], label.T_camera_object)
+        if not np.isfinite(box).all():
+            continue
+        hidden = label.visible_fraction < options.min_visible or (label.truncated and not options.truncated)
+        truths.append((index, label.T_camera_object, not hidden))
+    return truths
+
+
+def _projected_box(view: LabelledView, model: ObjectModel, pose: Pose) -> FloatArray:
+    """Return the box [4] px of the true keypoints; not finite when the camera cannot see them."""
+    return keypoint_box(view.camera.project(pose.transform(model.keypoints_3d)))
+
+
+def _jittered(box: FloatArray, options: CalibrationOptions, rng: np.random.Generator) -> FloatArray:
+    """Return the box shifted and scaled at random, as the locate stage would miss it."""
+    centre, half = 0.5 * (box[:2] + box[2:]), 0.5 * (box[2:] - box[:2])
+    centre = centre + rng.uniform(-1.0, 1.0, 2) * options.jitter_shift * 2.0 * half.max()
+    half = half * options.jitter_scale ** rng.uniform(-1.0, 1.0)
+    return np.concatenate([centre - half, centre + half])
