@@ -25,10 +25,10 @@ class AugmentConfig:
     """Strength of each augmentation; zero switches it off.
 
     `cover_probability`: chance that patches hide parts of the window; `cover_max`: largest patch side as a fraction
-    of the window. `blur_probability`, `blur_sigma_px`: Gaussian blur. `motion_probability`, `motion_px`: linear motion blur.
-    `brightness`, `contrast`, `gamma`, `colour_cast`, `saturation`: half-ranges (relative). `noise_sigma`: largest
-    standard deviation of additive noise (0..255). `grey_probability`: chance of a grey image. `coarse_probability`: chance
-    that the window is shrunk and enlarged again (a lower-resolution camera).
+    of the window. `blur_probability`, `blur_sigma_px`: Gaussian blur. `motion_probability`, `motion_px`: linear motion
+    blur. `coarse_probability`: chance that the window is shrunk and enlarged again (a lower-resolution camera).
+    `brightness`, `contrast`, `gamma`, `colour_cast`, `saturation`: half-ranges (relative). `grey_probability`: chance
+    of a grey image. `noise_sigma`: largest standard deviation of additive noise (0..255).
     """
 
     cover_probability: float = 0.3
@@ -160,4 +160,4 @@ def _noise(image: Image, config: AugmentConfig, rng: np.random.Generator) -> Ima
     else:
         top, left = int(rng.integers(0, _NOISE_SIDE - height + 1)), int(rng.integers(0, _NOISE_SIDE - width + 1))
         noise = _noise_bank[top : top + height, left : left + width]
-    return cv2.addWeighted(image.astype(np.float32), 1.0, noise, sigma, 0.5).clip(0, 255).astype(np.uint8)  # type: ignore[no-any-return]
+    return cv2.addWeighted(image.astype(np.float32), 1.0, noise, sigma, 0.5).clip(0, 255).astype(np.uint8)

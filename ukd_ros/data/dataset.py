@@ -2,7 +2,8 @@
 """Training windows: what the network sees of labelled views, in both framings (`locate` and `zoom`).
 
 A sample is keyed by its index alone: the same seed and index give the same pixels, whatever process draws it and
-in whatever order. All geometry of a window is one affine map from the source image, so keypoints, masks and viewing rays stay exact.
+in whatever order. All geometry of a window is one affine map from the source image, so keypoints, masks and viewing
+rays stay exact.
 """
 
 from __future__ import annotations
@@ -44,10 +45,11 @@ class WindowConfig:
     `size`: side of a window, px (a multiple of 32). `zoom_fraction`: share of windows framed as the zoom stage frames
     them; the rest are framed as the locate stage does. `zoom_fill`: the object's box as a fraction of the zoom window,
     centre of its log-uniform range, `zoom_fill_spread` the factor up and down, `zoom_shift` the largest offset of the
-    object from the window's centre (fraction of the window). `locate_width`: the width (px) to which a frame is brought for
-    the locate stage, `locate_spread` the factor up and down about that scale. `empty_fraction`: share of locate windows
-    put anywhere in the frame. `rotation_deg`: half-range of in-plane rotation. `min_visible`: objects less visible
-    than this fraction are neither learned nor taken as background. `min_size_px`: likewise for smaller boxes in the window.
+    object from the window's centre (fraction of the window). `locate_width`: the width (px) to which a frame is brought
+    for the locate stage, `locate_spread` the factor up and down about that scale. `empty_fraction`: share of locate
+    windows put anywhere in the frame. `rotation_deg`: half-range of in-plane rotation. `min_visible`: objects less
+    visible than this fraction are neither learned nor taken as background. `min_size_px`: likewise for smaller boxes
+    in the window.
     """
 
     size: int = 128
@@ -78,8 +80,8 @@ class WindowConfig:
 class WindowObject:
     """One labelled object in a window.
 
-    `xy` [K,2] keypoints in window px, `points_camera` [K,3] the same in the optical frame (m), `size_px` the long side of
-    the keypoints' box, `ignored`: too hidden or too small to be learned, yet not background.
+    `xy` [K,2] keypoints in window px, `points_camera` [K,3] the same in the optical frame (m), `size_px` the long side
+    of the keypoints' box, `ignored`: too hidden or too small to be learned, yet not background.
     """
 
     class_index: int
@@ -121,8 +123,8 @@ class _Frame:
 class WindowDataset:
     """Windows of labelled views, by sample number.
 
-    All views are decoded once and kept in memory (0.9 MB and 0.3 MB of mask per 640x480 view). ValueError where a view lacks masks or shows
-    no known object at all.
+    All views are decoded once and kept in memory (0.9 MB and 0.3 MB of mask per 640x480 view). ValueError where a view
+    lacks masks or no view shows a known object.
     """
 
     def __init__(
@@ -224,7 +226,8 @@ class WindowDataset:
             patch = cv2.resize(patch, (size, size))  # type: ignore[assignment]
         image, mask = augment(image, mask, patch, self.config.augment, rng)
         homogeneous = np.vstack((warp, (0.0, 0.0, 1.0)))
-        return TrainingSample(image, mask, tuple(objects), np.linalg.inv(homogeneous @ frame.matrix))
+        rays: FloatArray = np.linalg.inv(homogeneous @ frame.matrix).astype(np.float64)
+        return TrainingSample(image, mask, tuple(objects), rays)
 
 
 @lru_cache(maxsize=4)

@@ -41,7 +41,7 @@ class Assignment:
 
 
 def level_shares(size_px: float, positives: int) -> list[int]:
-    """Return how many positive cells each level gives to an object of the given apparent size; they sum to about `positives`."""
+    """Return how many positive cells each level gives to an object of that apparent size, about `positives` in all."""
     weights = np.exp(-(np.log2(max(size_px, 1.0) / np.array(ANCHORS)) ** 2))
     return [int(n) for n in np.round(positives * weights / weights.sum())]
 
@@ -56,7 +56,7 @@ def assign(samples: Sequence[TrainingSample], classes: int, keypoints: int, posi
         for number, item in enumerate(sample.objects):
             chosen = _assign_object(state[b, :, item.class_index], sample.mask == number + 1, item, size, positives)
             rows.extend((b, cell, item.class_index, item) for cell in chosen)
-    # A positive of one object may be claimed by a second one of the class; the first claim stays in `state`, both regress.
+    # A cell may be claimed by two objects of a class that touch; both regress there.
     rays = np.array([samples[b].ray_matrix for b, _, _, _ in rows], np.float32).reshape(-1, 3, 3)
     return Assignment(
         state,
@@ -92,7 +92,7 @@ def _assign_object(
             block = state[start : start + side * side]
             block[touched & (block != POSITIVE)] = IGNORED
             if not item.ignored:
-                # well covered cells first, near the centroid among equals; the nearest cell serves where none is covered
+                # well covered cells first, near the centroid among equals; one serves even where none is covered
                 rank = np.minimum(cover, 0.6) - 1e-3 * distance / stride
                 candidates = np.flatnonzero(cover > 0.3)
                 if candidates.size == 0:

@@ -27,8 +27,9 @@ def ray_loss(xy: Tensor, points_camera: Tensor, ray_matrix: Tensor, diameter: Te
     """Return the summed 3D ray loss: SmoothL1 of the distance from each true 3D keypoint to its predicted viewing ray.
 
     `xy` [P,K,2] predicted keypoints in window px; `points_camera` [P,K,3] true keypoints in the optical frame, m;
-    `ray_matrix` [P,3,3] window px → ray; `diameter` [P] m. The distance is divided by the diameter; below `knee` (a fraction of the diameter) the loss
-    is quadratic (0.5 d²/knee), above it linear (d - knee/2). After WDRNet (arXiv 2104.00633, eq. 4).
+    `ray_matrix` [P,3,3] window px → ray; `diameter` [P] m. The distance d is divided by the diameter; below `knee` (a
+    fraction of the diameter) the loss is quadratic (0.5 d²/knee), above it linear (d - knee/2).
+    After WDRNet (arXiv 2104.00633, eq. 4).
     """
     homogeneous = torch.cat((xy, torch.ones_like(xy[..., :1])), -1)
     ray = torch.nn.functional.normalize(homogeneous @ ray_matrix.transpose(1, 2), dim=-1)

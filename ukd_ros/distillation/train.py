@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Supervised training: one visible loop over windows of labelled views.
 
-A step is a function of its number: sample indices, learning rate and micro-batches follow from it, so that an interrupted run continues
-with the same numbers, and several processes (torchrun) take the same steps as one: they share out the micro-batches,
-the loss is normalised by counts over the whole batch, and batch norm never looks beyond a micro-batch.
+A step is a function of its number: sample indices, learning rate and micro-batches follow from it, so that an
+interrupted run continues with the same numbers, and several processes (torchrun) take the same steps as one: they share
+out the micro-batches, the loss is normalised by counts over the whole batch, and batch norm never looks beyond a
+micro-batch.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ logger = logging.getLogger(__name__)
 class TrainConfig:
     """How a network is trained.
 
-    `architecture` and `width_factor` choose the network, `keypoints` and `keypoint_kind` (farthest or box) the points it predicts.
+    `architecture` and `width_factor` choose the network, `keypoints` and `keypoint_kind` (farthest or box) its points.
     `steps` of `batch_size` windows each, taken in micro-batches of `micro_batch` (the unit of batch norm; the same for
     any number of processes). `learning_rate` is the peak of a one-cycle schedule with `warmup` as the rising
     fraction; `weight_decay` is AdamW's; `clip_norm` bounds the gradient. `positives`: cells that vote for one
-    object. `focal_weight`, `ray_weight`, `nll_weight`: the loss. `checkpoint_every`, `log_every`,
-    `validate_every`: in steps (0 = never validate). `device`: auto, cpu or cuda; `threads`: torch's (0 = its own choice).
+    object. `focal_weight`, `ray_weight`, `nll_weight`: the loss. `checkpoint_every`, `log_every`, `validate_every`: in
+    steps (0 = never validate). `device`: auto, cpu or cuda; `threads`: torch's (0 = its own choice).
     """
 
     architecture: str = "lean"
@@ -311,13 +312,7 @@ def validate(network: KeypointNetwork, data: WindowDataset, config: TrainConfig,
         image = torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).to(device, torch.float32)
         score, xy, _ = network(image)
         targets = assign(samples, score.shape[2], xy.shape[3], config.positives)
-        cells = (
-            np.concatenate(([0], np.flatnonzero(np.any(targets.xy[1:] != targets.xy[:-1], axis=(1, 2))) + 1))
-            if len(targets.batch)
-            else []
-        )
-        ends = [*cells[1:], len(targets.batch)] if len(cells) else []
-        for first, last in zip(cells, ends, strict=True):
+        for first, last in _objects(targets):
             b, c = targets.batch[first], targets.class_index[first]
             own = targets.cell[first:last]
             best = int(own[int(score[b, own, c].argmax())])
@@ -329,12 +324,22 @@ def validate(network: KeypointNetwork, data: WindowDataset, config: TrainConfig,
     return {"val_px": float(np.median(errors)), "val_found": float(np.mean(np.array(scores) > 0.3))}
 
 
+def _objects(targets: Assignment) -> list[tuple[int, int]]:
+    """Return the row ranges of `targets` that belong to one object each (its votes stand together)."""
+    if len(targets.batch) == 0:
+        return []
+    changes = np.flatnonzero(np.any(targets.xy[1:] != targets.xy[:-1], axis=(1, 2))) + 1
+    bounds = [0, *changes.tolist(), len(targets.batch)]
+    return list(zip(bounds[:-1], bounds[1:], strict=True))
+
+
 def _device(config: TrainConfig, processes: Processes) -> torch.device:
     """Return the device asked for; ValueError when it is not there or the processes outnumber the micro-batches."""
-    if (config.batch_size // config.micro_batch) % processes.count:
+    parts = config.batch_size // config.micro_batch
+    if parts % processes.count:
         raise ValueError(
-            f"train.micro_batch: {config.batch_size // config.micro_batch} micro-batches a step cannot be shared evenly by "
-            f"{processes.count} processes; make micro_batch smaller (a run started with another value cannot be resumed)"
+            f"train.micro_batch: {parts} micro-batches a step cannot be shared evenly by {processes.count} processes; "
+            "make micro_batch smaller (a run started with another value cannot be resumed)"
         )
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("train.device: cuda was asked for, but torch sees no CUDA device here; use cpu or auto")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The keypoint network: backbone, feature pyramid, one head shared over levels, votes decoded to input pixels in the graph.
+"""The keypoint network: backbone, feature pyramid, one head shared over levels, votes decoded to pixels in the graph.
 
 Every cell of every level votes, per object class, for the K keypoints of the object that covers it: a mean in input
 pixels and the 2x2 covariance of that vote. The family is WDRNet's (Hu et al., CVPR 2021, arXiv 2104.00633) with the
-anchors of the ukd paper's benchmarks (32 * 2^k at stride 8 * 2^k). Preprocessing and decoding are part of the graph, so that training
-and every runtime read the same numbers.
+anchors of the ukd paper's benchmarks (32 * 2^k at stride 8 * 2^k). Preprocessing and decoding are part of the graph, so
+that training and every runtime read the same numbers.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ class _Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x plus its transformation."""
-        return x + self.expand(self.squeeze(x))
+        expanded: Tensor = self.expand(self.squeeze(x))
+        return x + expanded
 
 
 class _Backbone(nn.Module):
@@ -183,6 +184,8 @@ class KeypointNetwork(nn.Module):
 
     grid: Tensor
     anchor: Tensor
+    mean: Tensor
+    inverse_std: Tensor
 
     def __init__(self, config: NetworkConfig) -> None:
         super().__init__()
@@ -248,7 +251,7 @@ class KeypointNetwork(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return decoded score, xy and scale; see the class docstring."""
-        if not torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+        if not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             self.fix_input(image.shape[3], image.shape[2])
         out = self.raw(image)
         # OpenCV 4.5/4.6 broadcast a constant only along axis 1 of a tensor of at most four axes (along others they
