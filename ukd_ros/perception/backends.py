@@ -38,6 +38,10 @@ class BackendError(RuntimeError):
     """A runtime that is missing, refuses the graph, or returned numbers that are not finite."""
 
 
+class MissingBackendError(BackendError):
+    """A runtime that is not installed; the text says how to install it."""
+
+
 @dataclass(frozen=True, eq=False)
 class RawVotes:
     """What the network says about one image: one vote per cell, object class and keypoint.
@@ -84,7 +88,7 @@ def open_backend(kind: str, bundle: Bundle, graph: str, threads: int = 0) -> Bac
         chosen = " (auto)" if kind == "auto" else ""
         logger.info("The %s graph of model %s runs in %s%s.", graph, bundle.name, backend.name, chosen)
         return backend
-    raise BackendError(f"backend {kind}: cannot be imported. Install it, then try again: {'; '.join(missing)}")
+    raise MissingBackendError(f"backend {kind}: cannot be imported. Install it, then try again: {'; '.join(missing)}")
 
 
 class _Runner:
