@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from scipy import stats
 
@@ -22,13 +23,15 @@ from ukd_ros.geometry.metrics import coverage, nees
 from ukd_ros.geometry.pose import exp_so3, skew
 from ukd_ros.perception.votes import Calibration, joint_covariance
 
+Array = npt.NDArray[np.float64]
+
 CAMERA = Camera(640, 480, np.array([[600.0, 0.0, 319.5], [0.0, 600.0, 239.5], [0.0, 0.0, 1.0]]))
 TRUTH = Calibration(1.6, 0.35, np.array([0.5, 0.3, 0.8, 0.15]))
 
 
 def draw(n: int, truth: Calibration, rng: np.random.Generator, keypoints: int = 9) -> ErrorSamples:
     """Draw errors from the model for random objects, poses, predicted blocks and numbers of votes."""
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("error", "blocks", "votes", "xy", "jacobian")}
+    parts: dict[str, list[Array]] = {name: [] for name in ("error", "blocks", "votes", "xy", "jacobian")}
     points = rng.uniform(-0.07, 0.07, (keypoints, 3))
     for _ in range(n):
         rotated = points @ exp_so3(rng.normal(0.0, 1.0, 3)).T
@@ -43,7 +46,7 @@ def draw(n: int, truth: Calibration, rng: np.random.Generator, keypoints: int = 
             parts[name].append(value)
     arrays = {name: np.array(values) for name, values in parts.items()}
     return ErrorSamples(
-        arrays["error"], arrays["blocks"], arrays["votes"], arrays["xy"], arrays["jacobian"], np.arange(n) // 2
+        arrays["error"], arrays["blocks"], arrays["votes"], arrays["xy"], arrays["jacobian"], np.arange(n, dtype=np.float64) // 2.0
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from ukd_ros.geometry.camera import Camera
 from ukd_ros.geometry.object_model import ObjectModel
@@ -17,6 +18,8 @@ from ukd_ros.geometry.pose import Pose
 from ukd_ros.geometry.view import View
 from ukd_ros.perception.backends import RawVotes
 from ukd_ros.perception.votes import common_modes
+
+Array = npt.NDArray[np.float64]
 
 CORNERS = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], dtype=np.float64)
 BOX = ObjectModel("box", CORNERS * [0.04, 0.03, 0.05], 0.14)
@@ -32,7 +35,7 @@ class World:
     objects: list[tuple[int, Pose]] = field(default_factory=list)
     blind_zoom: bool = False
     vote_correlation: float = 0.0
-    modes: np.ndarray = field(default_factory=lambda: np.zeros(4))
+    modes: Array = field(default_factory=lambda: np.zeros(4))
     votes: tuple[int, int] = (10, 10)
     zoom_runs: int = 0
     locate_runs: int = 0
@@ -61,7 +64,7 @@ class FakeBackend:
     def __init__(self, world: World, width: int, height: int, noise: float, locate: bool) -> None:
         self.world, self.width, self.height, self.noise, self.locate = world, width, height, noise, locate
 
-    def run(self, image: np.ndarray) -> RawVotes:
+    def run(self, image: npt.NDArray[np.uint8]) -> RawVotes:
         assert image.shape == (self.height, self.width, 3)
         world = self.world
         if self.locate:
@@ -86,15 +89,15 @@ class FakeBackend:
                 xy[rows, index] = target + self._errors(target, votes)
         return RawVotes(score, xy, scale)
 
-    def _errors(self, target: np.ndarray, votes: int) -> np.ndarray:
+    def _errors(self, target: Array, votes: int) -> Array:
         """Draw the errors [votes, K, 2] px: shared by the whole object, by the votes of a keypoint, and their own."""
         world, count = self.world, len(target)
         whole = common_modes(target) @ (self.noise * np.sqrt(world.modes) * world.rng.normal(size=4))
         together = self.noise * np.sqrt(world.vote_correlation) * world.rng.normal(size=(count, 2))
         own = self.noise * np.sqrt(1.0 - world.vote_correlation) * world.rng.normal(size=(votes, count, 2))
-        return whole.reshape(count, 2) + together + own
+        return np.asarray(whole.reshape(count, 2) + together + own)
 
-    def _cut_at(self, image: np.ndarray) -> np.ndarray:
+    def _cut_at(self, image: npt.NDArray[np.uint8]) -> Array:
         """Return the affine [2, 3] from source px to this image's px, read from the colours."""
         v, u = 2 * np.array(np.nonzero(image[::2, ::2, 2] == 0))
         design = np.column_stack([u, v, np.ones(len(u))]).astype(np.float64)

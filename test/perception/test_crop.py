@@ -4,22 +4,25 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from ukd_ros.perception.crop import BORDER_GREY, Crop, letterbox, square_crop
 
+Array = npt.NDArray[np.float64]
 
-def _dot(width: int, height: int, x: float, y: float, sigma: float) -> np.ndarray:
+
+def _dot(width: int, height: int, x: float, y: float, sigma: float) -> npt.NDArray[np.uint8]:
     v, u = np.mgrid[0:height, 0:width]
     bump = 200.0 * np.exp(-0.5 * ((u - x) ** 2 + (v - y) ** 2) / sigma**2)
     return np.repeat(np.rint(bump).astype(np.uint8)[..., None], 3, axis=2)
 
 
-def _centroid(image: np.ndarray, near: np.ndarray, radius: float) -> np.ndarray:
+def _centroid(image: npt.NDArray[np.uint8], near: Array, radius: float) -> Array:
     weight = image[..., 0].astype(np.float64)
     v, u = np.mgrid[0 : weight.shape[0], 0 : weight.shape[1]]
     weight[(weight < 4) | (np.hypot(u - near[0], v - near[1]) > radius)] = 0.0
-    return np.array([(u * weight).sum(), (v * weight).sum()]) / weight.sum()
+    return np.asarray(np.array([(u * weight).sum(), (v * weight).sum()]) / weight.sum())
 
 
 @pytest.mark.parametrize("scale", [0.25, 0.5, 0.8, 1.0, 2.0])

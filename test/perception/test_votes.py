@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from ukd_ros.perception.backends import RawVotes
@@ -16,6 +17,8 @@ from ukd_ros.perception.votes import (
     common_modes,
     joint_covariance,
 )
+
+Array = npt.NDArray[np.float64]
 
 K = 6
 SHAPE = np.array([[0.0, 0.0], [40.0, 5.0], [30.0, 50.0], [-5.0, 35.0], [20.0, 20.0], [12.0, 44.0]])
@@ -32,8 +35,8 @@ def empty(cells: int = 200, classes: int = 1, keypoints: int = K) -> RawVotes:
 
 def place(
     raw: RawVotes,
-    cells: np.ndarray,
-    truth: np.ndarray,
+    cells: npt.NDArray[np.int64],
+    truth: Array,
     rng: np.random.Generator,
     noise: float = 1.0,
     class_index: int = 0,
@@ -138,7 +141,7 @@ def test_correlated_axes_of_a_vote_are_used() -> None:
 
 @pytest.mark.parametrize(("rho", "votes"), [(0.0, 5), (0.0, 16), (0.4, 16), (1.0, 9)])
 def test_the_block_is_the_covariance_of_the_fused_mean(rho: float, votes: int) -> None:
-    """Monte Carlo: votes with variance s^2 and mutual correlation rho; the chi-square of the error is 2 per keypoint."""
+    """Monte Carlo: votes of variance s^2 and correlation rho; the chi-square of the error is 2 per keypoint."""
     rng = np.random.default_rng(votes)
     raw = empty()
     raw.score[:votes] = 0.9

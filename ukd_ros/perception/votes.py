@@ -10,10 +10,9 @@ between the keypoints of an instance (a network errs by a common shift, scale an
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from ukd_ros.geometry.arrays import FloatArray, frozen_array
 from ukd_ros.geometry.keypoints import Keypoints
@@ -240,7 +239,7 @@ def _collect_class(
         candidates = np.flatnonzero(free)
         limit = (options.agreement * size[seed]) ** 2
         offset = xy[candidates] - xy[seed]
-        distance = np.median(np.einsum("mki,mki->mk", offset, offset), axis=1)
+        distance = _median((offset * offset).sum(axis=2))
         members = candidates[(distance <= limit) | (candidates == seed)]
         free[members] = False
         if len(members) < options.min_votes:
@@ -280,17 +279,25 @@ def _fuse(
     influence of votes that lie far from the weighted median. The typical vote's block is the inverse of the
     score-weighted mean information: the variance at which equally good votes would carry the same information.
     """
-    information = _information(scale)
-    trust = score[:, None] * np.ones(xy.shape[1])
+    uu, uv, vv = _information(scale)
+    precision = 0.5 * (uu + vv)
+    trust = np.repeat(score[:, None], xy.shape[1], axis=1)
     if len(score) >= 3:
-        trust = trust * _robust_factor(xy, trust * _precision(information))
-    weighted = trust[..., None, None] * information
-    total = weighted.sum(axis=0)
-    spread = _inverse(total)
-    mean = np.einsum("kij,kj->ki", spread, np.einsum("mkij,mkj->ki", weighted, xy))
-    weight = trust * _precision(information)
+        trust = trust * _robust_factor(xy, trust * precision)
+    u, v = xy[..., 0], xy[..., 1]
+    total = np.stack([trust * uu, trust * uv, trust * vv]).sum(axis=1)
+    pull_u = (trust * (uu * u + uv * v)).sum(axis=0)
+    pull_v = (trust * (uv * u + vv * v)).sum(axis=0)
+    # The inverse of the total information, in closed form per keypoint.
+    spread = (
+        np.stack([total[2], -total[1], -total[1], total[0]], axis=-1) / (total[0] * total[2] - total[1] ** 2)[:, None]
+    )
+    mean = np.stack(
+        [spread[:, 0] * pull_u + spread[:, 1] * pull_v, spread[:, 2] * pull_u + spread[:, 3] * pull_v], axis=-1
+    )
+    weight = trust * precision
     effective = weight.sum(axis=0) ** 2 / (weight**2).sum(axis=0)
-    mean_blocks = spread * trust.sum(axis=0)[:, None, None]
+    mean_blocks = spread.reshape(-1, 2, 2) * trust.sum(axis=0)[:, None, None]
     cov = joint_covariance(mean, mean_blocks, effective, calibration)
     # A keypoint on which the votes disagree scores less than the instance.
     keypoint_score = (trust * score[:, None]).sum(axis=0) / score.sum()
@@ -305,29 +312,18 @@ def _fuse(
     )
 
 
-def _information(scale: FloatArray) -> FloatArray:
-    """Return the inverse covariances [..., 2, 2] (px^-2) of votes with scale [..., 3] (sigma_u, sigma_v, rho)."""
+def _information(scale: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Return the elements uu, uv, vv [...] of the inverse covariances (px^-2) of votes with scale [..., 3]."""
     inverse_u, inverse_v, rho = 1.0 / scale[..., 0], 1.0 / scale[..., 1], scale[..., 2]
     factor = 1.0 / (1.0 - rho * rho)
-    information = np.empty((*scale.shape[:-1], 2, 2))
-    information[..., 0, 0] = inverse_u * inverse_u * factor
-    information[..., 1, 1] = inverse_v * inverse_v * factor
-    information[..., 0, 1] = information[..., 1, 0] = -rho * inverse_u * inverse_v * factor
-    return information
+    scaled_u = inverse_u * factor
+    return scaled_u * inverse_u, -rho * scaled_u * inverse_v, factor * inverse_v * inverse_v
 
 
-def _precision(information: FloatArray) -> FloatArray:
-    """Return the mean information per axis (px^-2) of blocks [..., 2, 2]: the scalar weight of a vote."""
-    return np.asarray(0.5 * (information[..., 0, 0] + information[..., 1, 1]))
-
-
-def _inverse(blocks: FloatArray) -> FloatArray:
-    """Return the inverses of symmetric positive definite blocks [..., 2, 2]."""
-    a, b, d = blocks[..., 0, 0], blocks[..., 0, 1], blocks[..., 1, 1]
-    out: npt.NDArray[Any] = np.empty_like(blocks)
-    out[..., 0, 0], out[..., 1, 1] = d, a
-    out[..., 0, 1] = out[..., 1, 0] = -b
-    return np.asarray(out / (a * d - b * b)[..., None, None])
+def _median(values: FloatArray) -> FloatArray:
+    """Return the upper median [M] of the rows of values [M, K] (np.median takes four times as long here)."""
+    middle = values.shape[1] // 2
+    return np.asarray(np.partition(values, middle, axis=1)[:, middle])
 
 
 def _weighted_median(values: FloatArray, weight: FloatArray) -> FloatArray:
@@ -346,6 +342,7 @@ def _robust_factor(xy: FloatArray, weight: FloatArray) -> FloatArray:
     centre = _weighted_median(xy, np.broadcast_to(weight[..., None], xy.shape))
     distance = np.sqrt(((xy - centre) ** 2).sum(axis=-1))
     # 1.1774: median of a distance in the plane whose axes have unit variance.
-    spread = np.maximum(np.median(distance, axis=0) / 1.1774, 1e-3)
+    middle = np.sort(distance, axis=0)[len(distance) // 2]
+    spread = np.maximum(middle / 1.1774, 1e-3)
     ratio = _OUTLIER_SCALES * spread / np.maximum(distance, 1e-9)
     return np.asarray(np.minimum(ratio, 1.0) ** 2)
