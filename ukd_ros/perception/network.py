@@ -139,16 +139,40 @@ class _Backbone(nn.Module):
         return features
 
 
+class _SharedConv(nn.Module):
+    """A 3x3 convolution unit whose weights serve every pyramid level.
+
+    While training, batch norm looks at all levels together: normalised level by level, their statistics would differ,
+    and the single running average that inference uses would fit none of them.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.norm = nn.BatchNorm2d(channels)
+        self.activation = nn.LeakyReLU(0.1, inplace=True)
+
+    def forward(self, levels: list[Tensor]) -> list[Tensor]:
+        """Return the transformed levels."""
+        maps = [self.conv(level) for level in levels]
+        if not self.training:
+            return [self.activation(self.norm(x)) for x in maps]
+        batch, channels = maps[0].shape[:2]
+        sizes = [x.shape[2] * x.shape[3] for x in maps]
+        joined = torch.cat([x.permute(0, 2, 3, 1).reshape(batch, -1, channels) for x in maps], 1)
+        normed = self.activation(self.norm(joined.permute(0, 2, 1).unsqueeze(-1)))
+        parts = normed.split(sizes, 2)
+        return [part.reshape(x.shape) for part, x in zip(parts, maps, strict=True)]
+
+
 class _Head(nn.Module):
-    """Score, keypoint and scale maps from one pyramid level; the same weights serve every level."""
+    """Score, keypoint and scale maps of the pyramid levels; the same weights serve every level."""
 
     def __init__(self, channels: int, width: _Width, classes: int, keypoints: int) -> None:
         super().__init__()
-        self.regress = nn.Sequential(*(_conv(channels, channels, 3) for _ in range(width.head_convs)))
+        self.regress = nn.Sequential(*(_SharedConv(channels) for _ in range(width.head_convs)))
         self.classify = (
-            nn.Sequential(*(_conv(channels, channels, 3) for _ in range(width.head_convs)))
-            if width.separate_towers
-            else None
+            nn.Sequential(*(_SharedConv(channels) for _ in range(width.head_convs))) if width.separate_towers else None
         )
         self.score = nn.Conv2d(channels, classes, 1)
         self.offset = nn.Conv2d(channels, classes * keypoints * 2, 1)
@@ -159,11 +183,11 @@ class _Head(nn.Module):
         nn.init.zeros_(self.offset.bias)  # type: ignore[arg-type]
         nn.init.zeros_(self.scale.bias)  # type: ignore[arg-type]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return raw maps [B, C, h, w], [B, C*K*2, h, w], [B, C*K*3, h, w]."""
-        regressed = self.regress(x)
-        classified = regressed if self.classify is None else self.classify(x)
-        return self.score(classified), self.offset(regressed), self.scale(regressed)
+    def forward(self, levels: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return raw maps [B, C, h, w], [B, C*K*2, h, w], [B, C*K*3, h, w] for every level."""
+        regressed: list[Tensor] = self.regress(levels)
+        classified: list[Tensor] = regressed if self.classify is None else self.classify(levels)
+        return [(self.score(c), self.offset(r), self.scale(r)) for c, r in zip(classified, regressed, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -242,8 +266,7 @@ class KeypointNetwork(nn.Module):
         classes, keypoints = len(self.config.classes), self.config.keypoints
         logit, offset, scale = [], [], []
         batch = image.shape[0]
-        for level in self.pyramid(image):
-            s, o, d = self.head(level)
+        for s, o, d in self.head(self.pyramid(image)):
             logit.append(s.permute(0, 2, 3, 1).reshape(batch, -1, classes))
             offset.append(o.permute(0, 2, 3, 1).reshape(batch, -1, classes, keypoints, 2))
             scale.append(d.permute(0, 2, 3, 1).reshape(batch, -1, classes, keypoints, SCALE_TERMS))
