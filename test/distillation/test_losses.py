@@ -13,14 +13,14 @@ from ukd_ros.distillation.losses import focal_loss, gaussian_nll, ray_loss
 
 
 def test_focal_loss_by_hand() -> None:
-    """p = 0.5 everywhere: a positive costs α (1/2)^2 log 2, a background cell (1-α) (1/2)^2 log 2, an ignored one nothing."""
+    """p = 0.5: a positive costs α (1/2)^2 log 2, a background cell (1-α) (1/2)^2 log 2, an ignored one nothing."""
     state = torch.tensor([[[1], [0], [-1], [0]]])
     expected = (0.25 + 2 * 0.75) * 0.25 * math.log(2)
     assert focal_loss(torch.zeros(1, 4, 1), state).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_ray_loss_by_hand() -> None:
-    """A point 1 m ahead, its pixel off by 10 px of f = 500: 0.02 m / sqrt(1 + 0.02²) from the ray, linear beyond the knee."""
+    """A point 1 m ahead, its pixel off by 10 px of f = 500: 0.02 m / sqrt(1 + 0.02²) from the ray, beyond the knee."""
     f = 500.0
     matrix = torch.linalg.inv(torch.tensor([[f, 0, 100.0], [0, f, 80.0], [0, 0, 1]], dtype=torch.float64))[None]
     point = torch.tensor([[[0.0, 0.0, 1.0]]], dtype=torch.float64)

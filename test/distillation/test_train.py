@@ -20,9 +20,17 @@ from ukd_ros.distillation.checkpoint import CheckpointError, load_checkpoint
 from ukd_ros.distillation.train import TrainConfig, TrainingDiverged, learning_rate, train
 
 TINY = TrainConfig(
-    steps=6, batch_size=8, micro_batch=4, checkpoint_every=3, log_every=1, validate_every=0, width_factor=0.25, threads=1,
-    device="cpu", window=WindowConfig(size=64, zoom_fill_spread=1.1),
-)  # fmt: skip
+    steps=6,
+    batch_size=8,
+    micro_batch=4,
+    checkpoint_every=3,
+    log_every=1,
+    validate_every=0,
+    width_factor=0.25,
+    threads=1,
+    device="cpu",
+    window=WindowConfig(size=64, zoom_fill_spread=1.1),
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +65,8 @@ def test_two_processes_take_the_steps_of_one(data: WindowDataset, tmp_path: Path
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from pathlib import Path\n"
         "from test_train import *\n"
-        "train(TINY, WindowDataset(CubeViews(6), [CUBE], TINY.window, seed=0), [CUBE], Path(sys.argv[2]), progress=False)\n"
+        "data = WindowDataset(CubeViews(6), [CUBE], TINY.window, seed=0)\n"
+        "train(TINY, data, [CUBE], Path(sys.argv[2]), progress=False)\n"
     )
     (tmp_path / "run.py").write_text(script)
     root = Path(__file__).parents[2]
@@ -95,9 +104,16 @@ def test_a_few_steps_learn(tmp_path: Path) -> None:
     """Eight cubes without augmentation, 60 steps: the keypoint error falls to less than half."""
     window = WindowConfig(zoom_fraction=1.0, rotation_deg=0, augment=AugmentConfig(*(0.0,) * 14))
     config = TrainConfig(
-        steps=60, batch_size=8, micro_batch=8, learning_rate=4e-3, width_factor=0.5, log_every=10, validate_every=0, device="cpu",
+        steps=60,
+        batch_size=8,
+        micro_batch=8,
+        learning_rate=4e-3,
+        width_factor=0.5,
+        log_every=10,
+        validate_every=0,
+        device="cpu",
         window=replace(window, size=96),
-    )  # fmt: skip
+    )
     train(config, WindowDataset(CubeViews(8), [CUBE], config.window, seed=0), [CUBE], tmp_path / "run", progress=False)
     errors = [json.loads(line)["error_px"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert errors[-1] < 0.5 * errors[0]

@@ -15,7 +15,12 @@ from ukd_ros.perception.network import (
     decode_scale,
 )
 
-SIZES = {"darknet53": (47.0, 49.5, 16.0, 17.2), "darknet_tiny": (7.8, 8.5, 7.4, 8.0), "darknet_tiny_h": (1.9, 2.2, 1.8, 2.1), "lean": (0.4, 0.6, 0.18, 0.4)}  # fmt: skip
+SIZES = {
+    "darknet53": (47.0, 49.5, 16.0, 17.2),
+    "darknet_tiny": (7.8, 8.5, 7.4, 8.0),
+    "darknet_tiny_h": (1.9, 2.2, 1.8, 2.1),
+    "lean": (0.4, 0.6, 0.18, 0.4),
+}
 
 
 def _gmac(network: KeypointNetwork, side: int) -> float:
@@ -97,9 +102,30 @@ def test_votes_move_with_the_image() -> None:
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({"architecture": "resnet"}, "architecture"), ({"classes": ()}, "classes"), ({"keypoints": 3}, "keypoints"), ({"width_factor": 0.0}, "width_factor")],
-)  # fmt: skip
+    [
+        ({"architecture": "resnet"}, "architecture"),
+        ({"classes": ()}, "classes"),
+        ({"keypoints": 3}, "keypoints"),
+        ({"width_factor": 0.0}, "width_factor"),
+    ],
+)
 def test_impossible_networks_are_refused(change: dict[str, object], word: str) -> None:
     settings: dict[str, object] = {"architecture": "lean", "classes": ("part",), "keypoints": 8} | change
     with pytest.raises(ValueError, match=word):
         NetworkConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_training_and_inference_agree_on_the_shared_head() -> None:
+    """With the statistics of a batch as running statistics, the head gives in inference what it gave in training."""
+    torch.manual_seed(0)
+    network = KeypointNetwork(NetworkConfig("lean", ("part",), 4)).train()
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = 1.0
+    image = torch.rand(4, 3, 96, 96) * 255
+    with torch.no_grad():
+        trained = network.raw(image)
+        inferred = network.eval().raw(image)
+    # running variances are unbiased, batch variances are not: a small difference remains
+    torch.testing.assert_close(inferred.logit, trained.logit, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(inferred.offset, trained.offset, atol=0.02, rtol=0.05)
