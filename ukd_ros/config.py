@@ -80,12 +80,14 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     return value
 
 
-def load_config(kind: type[Config], path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Build `kind` from its defaults, the YAML file `path` and `key=value` texts (dotted keys), each over the last.
+def load_config(
+    kind: type[Config], path: str | Path | None = None, overrides: Sequence[str] = (), base: Config | None = None
+) -> Config:
+    """Build `kind` from `base` (or its defaults), the YAML file `path` and `key=value` texts, each over the last.
 
-    A key given in a file and again in `overrides` takes the latter. ConfigError as the module describes.
+    Dots stand between nested keys. ConfigError as the module describes.
     """
-    config = from_mapping(kind, read_mapping(path), str(path)) if path is not None else None
+    config = from_mapping(kind, read_mapping(path), str(path), base=base) if path is not None else base
     if config is None or overrides:
         config = from_mapping(kind, parse_overrides(overrides), COMMAND_LINE, base=config)
     return config
