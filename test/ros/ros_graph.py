@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from ukd_ros.geometry.camera import Camera
@@ -39,18 +40,20 @@ def some_pose(seed: int = 1) -> Pose:
     return Pose(exp_so3(rng.normal(size=3)), np.array([0.02, -0.03, 0.6]) + rng.normal(scale=0.02, size=3))
 
 
-def some_cov(seed: int = 1) -> np.ndarray:
+def some_cov(seed: int = 1) -> npt.NDArray[np.float64]:
     """Return a full positive definite [6, 6] with millimetres and hundredths of rad."""
     root = np.random.default_rng(seed).normal(size=(6, 6)) * np.array([1e-3, 1e-3, 4e-3, 0.01, 0.02, 0.03])[:, None]
-    return root @ root.T + np.diag([1e-7] * 3 + [1e-5] * 3)
+    return np.asarray(root @ root.T + np.diag([1e-7] * 3 + [1e-5] * 3), dtype=np.float64)
 
 
-def estimate_of(model: ObjectModel, pose: Pose, cov: np.ndarray, camera: Camera, instance: int = 0) -> PoseEstimate:
+def estimate_of(
+    model: ObjectModel, pose: Pose, cov: npt.NDArray[np.float64], camera: Camera, instance: int = 0
+) -> PoseEstimate:
     """Return the estimate whose keypoints are exactly where ``pose`` puts them."""
     count = len(model.keypoints_3d)
     root = np.random.default_rng(5).normal(size=(2 * count, 2 * count))
     xy = camera.project(pose.transform(model.keypoints_3d))
-    keypoints = Keypoints(xy, root @ root.T / count + np.eye(2 * count), np.linspace(0.5, 0.9, count))
+    keypoints = Keypoints(xy, root @ root.T / count + np.eye(2 * count), np.linspace(0.5, 0.9, count, dtype=np.float64))
     inliers = np.arange(count) != 2
     return PoseEstimate(model.name, instance, pose, cov, 0.9 - 0.1 * instance, keypoints, inliers, 4.0, 2 * count - 8)
 

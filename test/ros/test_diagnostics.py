@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticStatus
@@ -43,7 +44,7 @@ def test_a_kind_of_problem_is_logged_once_in_ten_seconds_and_every_kind_for_itse
     assert log.fresh() == [] and log.last() == ("worse image", 60.0)
 
 
-def arrivals(rate_hz: float, keep: np.ndarray, infos: bool) -> FrameStatistics:
+def arrivals(rate_hz: float, keep: npt.NDArray[np.bool_], infos: bool) -> FrameStatistics:
     clock = ManualClock()
     statistics = FrameStatistics(clock)
     for i, kept in enumerate(keep):
@@ -66,7 +67,9 @@ def arrivals(rate_hz: float, keep: np.ndarray, infos: bool) -> FrameStatistics:
         (np.arange(30) % 3 == 0, True, False),  # too few to judge
     ],
 )
-def test_lost_images_are_noticed_by_stamps_or_by_camera_info(keep: np.ndarray, infos: bool, lossy: bool) -> None:
+def test_lost_images_are_noticed_by_stamps_or_by_camera_info(
+    keep: npt.NDArray[np.bool_], infos: bool, lossy: bool
+) -> None:
     statistics = arrivals(30.0, keep, infos)
     sentence = statistics.lossy()
     assert (sentence is not None) == lossy

@@ -14,6 +14,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import pytest
 from ros.ros_graph import estimate_of, image_message, object_model, some_cov, some_pose
 from std_msgs.msg import Header
@@ -36,16 +37,16 @@ class FakeBridge:
             raise TypeError(f"Unrecognized image encoding [{encoding}]")
         return "uint8", known[encoding]
 
-    def imgmsg_to_cv2(self, message: Any, desired_encoding: str) -> np.ndarray:
+    def imgmsg_to_cv2(self, message: Any, desired_encoding: str) -> npt.NDArray[Any]:
         assert desired_encoding == "rgb8"
         channels = self.encoding_to_dtype_with_channels(message.encoding)[1]
         shape = (message.height, message.step // channels, channels)
-        image = np.ndarray(shape, np.uint8, buffer=message.data)[:, : message.width]
+        image: npt.NDArray[np.uint8] = np.ndarray(shape, np.uint8, buffer=message.data)[:, : message.width]
         if message.encoding == "bgr8":
             return image[..., ::-1]
         return np.repeat(image, 3, axis=2) if channels == 1 else image
 
-    def cv2_to_imgmsg(self, image: np.ndarray, encoding: str) -> Any:
+    def cv2_to_imgmsg(self, image: npt.NDArray[Any], encoding: str) -> Any:
         from sensor_msgs.msg import Image
 
         height, width = image.shape[:2]
@@ -60,7 +61,7 @@ def fake_ros(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     bridge.CvBridge = FakeBridge
     transformations: Any = types.ModuleType("tf_transformations")
 
-    def quaternion_from_matrix(matrix: np.ndarray) -> np.ndarray:
+    def quaternion_from_matrix(matrix: npt.NDArray[Any]) -> npt.NDArray[Any]:
         from scipy.spatial.transform import Rotation
 
         return -np.asarray(Rotation.from_matrix(matrix[:3, :3]).as_quat())  # either sign is right
@@ -69,7 +70,7 @@ def fake_ros(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     package: Any = types.ModuleType("sensor_msgs_py")
     clouds: Any = types.ModuleType("sensor_msgs_py.point_cloud2")
 
-    def create_cloud(header: Any, fields: Any, points: np.ndarray) -> Any:
+    def create_cloud(header: Any, fields: Any, points: npt.NDArray[Any]) -> Any:
         from sensor_msgs.msg import PointCloud2
 
         cloud = PointCloud2(header=header, height=1, width=len(points), fields=fields, is_dense=False)

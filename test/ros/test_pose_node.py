@@ -105,7 +105,7 @@ def test_a_frame_with_nothing_in_it_gives_an_empty_cloud_and_no_pose(graph: Grap
     assert not poses
 
 
-BAD_IMAGES = {
+BAD_IMAGES: dict[str, dict[str, Any]] = {
     "unknown encoding": {"encoding": "rgb7"},
     "depth": {"encoding": "32FC1"},
     "no size": {"width": 0, "height": 0},
@@ -148,7 +148,7 @@ def test_a_padded_step_is_read_rightly(graph: Graph) -> None:
     np.testing.assert_array_equal(graph.fake.views[0].image.reshape(480, 1920), pixels)
 
 
-BAD_INFOS = {
+BAD_INFOS: dict[str, tuple[Any, str]] = {
     "all zeros": (lambda: CameraInfo(), "camera_info only came for ''"),
     "zero K": (lambda: info_message(k=np.zeros(9), p=np.zeros(12)), "not calibrated"),
     "NaN": (lambda: info_message(k=np.full(9, np.nan)), "NaN"),
@@ -383,7 +383,8 @@ def test_silence_on_the_inputs_is_said_with_both_topics(graph: Graph) -> None:
 
 
 def test_an_incompatible_quality_of_service_is_said(graph: Graph) -> None:
-    graph.start(**{"qos_overrides./image.subscription.reliability": "reliable"})
+    override: dict[str, Any] = {"qos_overrides./image.subscription.reliability": "reliable"}
+    graph.start(**override)
     graph.probe.create_publisher(Image, "image", QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT))
     graph.spin_until(lambda: graph.node.problems.last() is not None)
     last = graph.node.problems.last()
