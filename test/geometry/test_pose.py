@@ -125,7 +125,7 @@ def test_retract_and_minus_are_inverse(size: float) -> None:
 
 
 def test_retract_turns_about_the_fixed_axes_and_leaves_the_position() -> None:
-    a = Pose(exp_so3([0.0, 0.0, np.pi / 2]), [1.0, 2.0, 3.0])
+    a = Pose(exp_so3([0.0, 0.0, np.pi / 2]), np.array([1.0, 2.0, 3.0]))
     b = a.retract([0.0, 0.0, 0.0, np.pi / 2, 0.0, 0.0])
     assert np.array_equal(b.translation, a.translation)
     # The object's x axis points along the fixed y; a turn about the fixed x takes it to the fixed z.
@@ -151,17 +151,17 @@ def test_rotate_covariance_is_the_covariance_of_the_rotated_change() -> None:
 
 def test_the_constructor_repairs_rounding_and_refuses_the_rest() -> None:
     R = exp_so3([0.4, -0.2, 0.9])
-    pose = Pose(R.astype(np.float32).astype(np.float64), [0, 0, 1])
+    pose = Pose(R.astype(np.float32).astype(np.float64), np.array([0, 0, 1]))
     assert np.abs(pose.rotation.T @ pose.rotation - np.eye(3)).max() < 1e-15
     assert np.abs(pose.rotation - R).max() < 1e-7
     with pytest.raises(ValueError, match=r"^rotation"):
-        Pose(R * (1 + 1e-5), [0, 0, 1])
+        Pose(R * (1 + 1e-5), np.array([0, 0, 1]))
     with pytest.raises(ValueError, match=r"^rotation"):
-        Pose(np.diag([1.0, 1.0, -1.0]), [0, 0, 1])
+        Pose(np.diag([1.0, 1.0, -1.0]), np.array([0, 0, 1]))
     with pytest.raises(ValueError, match=r"^translation"):
-        Pose(R, [0, 0, np.nan])
+        Pose(R, np.array([0, 0, np.nan]))
     with pytest.raises(ValueError, match=r"^rotation"):
-        Pose(np.eye(4), [0, 0, 1])
+        Pose(np.eye(4), np.array([0, 0, 1]))
     with pytest.raises(ValueError, match="last row"):
         Pose.from_matrix(np.ones((4, 4)))
     with pytest.raises(ValueError, match="unit quaternion"):

@@ -100,7 +100,8 @@ def _whitened_square(delta: npt.ArrayLike, cov: npt.ArrayLike) -> tuple[FloatArr
     if error.ndim < 1 or matrix.shape[-2:] != (error.shape[-1], error.shape[-1]):
         raise ValueError(f"delta, cov: have shapes {list(error.shape)} and {list(matrix.shape)}, which do not match.")
     # Metres and radians differ by orders of magnitude: scaling to unit variances first keeps the digits.
-    sigma = np.sqrt(np.diagonal(matrix, axis1=-2, axis2=-1))
+    with np.errstate(invalid="ignore"):
+        sigma = np.sqrt(np.diagonal(matrix, axis1=-2, axis2=-1))
     try:
         if not np.all(sigma > 0):
             raise np.linalg.LinAlgError

@@ -21,7 +21,7 @@ from ukd_ros.geometry.pose import Pose, log_so3, nearest_rotation
 from ukd_ros.perception.pnp_hypotheses import (
     Hypotheses,
     enough,
-    flatness,
+    extents,
     from_all_points,
     from_subsets,
     mirrored,
@@ -34,6 +34,9 @@ __all__ = ["PnpOptions", "PnpSolution", "projection_jacobian", "solve_pnp"]
 
 PLANAR = 1e-3
 """Thickness over length below which a keypoint set is planar enough for IPPE."""
+
+COLLINEAR = 1e-9
+"""Width over length below which a keypoint set is a line."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,11 @@ def solve_pnp(
     except np.linalg.LinAlgError:
         detail = "the covariance of the keypoints is not positive definite."
         return Rejection(RejectReason.INVALID_KEYPOINTS, detail, keypoints=keypoints)
-    search = _Search(problem, options)
+    size = extents(problem.points)
+    if size[1] <= COLLINEAR * size[0]:
+        detail = f"the {count} usable keypoints lie on one line, which fixes no rotation about it."
+        return Rejection(RejectReason.DEGENERATE, detail, keypoints=keypoints)
+    search = _Search(problem, options, planar=bool(size[2] < PLANAR * size[0]))
     outcome = search.run(initial)
     if isinstance(outcome, Rejection):
         return Rejection(outcome.reason, outcome.detail, keypoints=keypoints)
@@ -159,9 +166,9 @@ def _usable(keypoints: Keypoints) -> BoolArray:
 class _Search:
     """The search for the pose that most keypoints agree on, from the cheapest guess to the most thorough."""
 
-    def __init__(self, problem: PnpProblem, options: PnpOptions) -> None:
+    def __init__(self, problem: PnpProblem, options: PnpOptions, planar: bool) -> None:
         """Prepare the weights of single keypoints."""
-        self._problem, self._options = problem, options
+        self._problem, self._options, self._planar = problem, options, planar
         count = len(problem)
         index = np.arange(count)
         blocks = problem.cov.reshape(count, 2, count, 2)[index, :, index, :]
@@ -186,7 +193,7 @@ class _Search:
             detail = f"{len(points)} keypoints lie where the lens model of the camera reaches, but 4 are needed."
             return Rejection(RejectReason.TOO_FEW_KEYPOINTS, detail)
         matrix = self._problem.camera.matrix
-        hypotheses = from_all_points(points, ideal, matrix, flatness(points) < PLANAR).joined(own)
+        hypotheses = from_all_points(points, ideal, matrix, self._planar).joined(own)
         best = self._best_of(hypotheses, 2, subset=False)
         # Few keypoints leave several minima, and SQPnP sees but one of them: then the subsets speak too.
         if best is not None and len(points) > 5 and self._convincing(best):

@@ -50,11 +50,9 @@ class Hypotheses:
         )
 
 
-def flatness(points: FloatArray) -> float:
-    """Return thickness over length of a point set [n, 3]: the ratio of its smallest and largest rms extent."""
-    centred = points - points.mean(axis=0)
-    values = np.linalg.svd(centred, compute_uv=False)
-    return float(values[-1] / values[0]) if len(points) >= 3 and values[0] > 0 else 0.0
+def extents(points: FloatArray) -> FloatArray:
+    """Return the extents [3] of a point set [n >= 3, 3] along its principal axes, largest first (m, times sqrt n)."""
+    return np.asarray(np.linalg.svd(points - points.mean(axis=0), compute_uv=False), dtype=np.float64)
 
 
 def from_all_points(points: FloatArray, ideal_xy: FloatArray, matrix: FloatArray, planar: bool) -> Hypotheses:
@@ -126,8 +124,10 @@ def squared_distances(problem: PnpProblem, hypotheses: Hypotheses, block_informa
     count = len(problem)
     placed = problem.points @ hypotheses.rotations.transpose(0, 2, 1) + hypotheses.translations[:, None, :]
     projected = problem.camera.project(placed.reshape(-1, 3)).reshape(-1, count, 2)
-    error = problem.xy - projected
-    squared = ((error[:, :, None, :] @ block_information)[:, :, 0, :] * error).sum(axis=2)
+    # A hypothesis may be so wrong that squares overflow: that is far enough.
+    with np.errstate(over="ignore", invalid="ignore"):
+        error = problem.xy - projected
+        squared = ((error[:, :, None, :] @ block_information)[:, :, 0, :] * error).sum(axis=2)
     squared[(placed[:, :, 2] <= 0).any(axis=1)] = np.inf
     return np.asarray(np.where(np.isnan(squared), np.inf, squared))
 
