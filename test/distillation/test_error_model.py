@@ -9,10 +9,13 @@ import pytest
 from scipy import stats
 
 from ukd_ros.distillation.error_model import (
+    CrossFit,
     ErrorSamples,
     HeldOut,
     SharedErrors,
     choose,
+    cover,
+    cross_fit,
     fit_likelihood,
     fit_pose_level,
     held_out,
@@ -46,7 +49,12 @@ def draw(n: int, truth: Calibration, rng: np.random.Generator, keypoints: int = 
             parts[name].append(value)
     arrays = {name: np.array(values) for name, values in parts.items()}
     return ErrorSamples(
-        arrays["error"], arrays["blocks"], arrays["votes"], arrays["xy"], arrays["jacobian"], np.arange(n, dtype=np.float64) // 2.0
+        arrays["error"],
+        arrays["blocks"],
+        arrays["votes"],
+        arrays["xy"],
+        arrays["jacobian"],
+        np.arange(n, dtype=np.float64) // 2.0,
     )
 
 
@@ -91,7 +99,8 @@ def test_pose_coverage_is_nominal_with_modes_and_is_not_without() -> None:
     assert blocks.modes.max() == 0.0
     assert shares(blocks)["pose"] < 0.90 and shares(blocks)["xy"] < 0.85
     # And no single factor repairs it: scaled to cover the pose, some part is still off.
-    scaled = shares(scaled_to_coverage(train, blocks))
+    delta, cov = SharedErrors(train).pose_errors(blocks)
+    scaled = shares(scaled_to_coverage(blocks, nees(delta, cov)))
     assert abs(scaled["pose"] - 0.95) < band
     assert max(abs(share - 0.95) for share in scaled.values()) > 0.03
     delta, cov = SharedErrors(test).pose_errors(joint)
@@ -135,6 +144,36 @@ def test_folds_are_blocks_of_views() -> None:
 def test_coverage_comes_first_and_likelihood_decides() -> None:
     scores = {"inflated": HeldOut(-5.0, 0.012), "sharp": HeldOut(-6.0, 0.015), "overconfident": HeldOut(-7.0, 0.08)}
     assert choose(scores) == "sharp"
+    assert choose({"plain": HeldOut(-6.0, 0.10), "inflated": HeldOut(-5.2, 0.005)}) == "inflated"
+    assert choose({"plain": HeldOut(-6.0, 0.10), "absurd": HeldOut(-3.0, 0.005)}) == "plain"  # coverage at any price
+
+
+def test_heavy_tails_are_covered_after_scaling() -> None:
+    """Instances that are worse than the network knows (Student-like scale mixture): likelihood alone undercovers."""
+    rng = np.random.default_rng(7)
+    samples = draw(700, TRUTH, rng)
+    scale = np.sqrt(6.0 / rng.chisquare(6.0, len(samples)))
+    heavy = ErrorSamples(
+        samples.error * scale[:, None],
+        samples.mean_blocks,
+        samples.effective_votes,
+        samples.xy,
+        samples.jacobian,
+        samples.view,
+    )
+    fit = cross_fit(heavy, folds=2)
+
+    def out_of_fold(fit: CrossFit) -> Array:
+        squares = np.empty(len(heavy))
+        for index, calibration in enumerate(fit.by_fold):
+            mine = fit.fold == index
+            squares[mine] = nees(*SharedErrors(heavy.select(mine)).pose_errors(calibration))
+        return squares
+
+    before = out_of_fold(fit)
+    after = out_of_fold(cover(fit, before, fit.fold))
+    assert coverage(before, 6, 0.95) < 0.93
+    assert coverage(after, 6, 0.95) == pytest.approx(0.95, abs=0.02)
 
 
 def test_too_few_samples_are_refused() -> None:

@@ -23,7 +23,16 @@ from tqdm import tqdm
 
 from ukd_ros.data.bop import BopDataset
 from ukd_ros.data.dataset import LabelledViews
-from ukd_ros.distillation.error_model import PARTS, CrossFit, ErrorSamples, HeldOut, capped_nll, cross_fit
+from ukd_ros.distillation.error_model import (
+    PARTS,
+    CrossFit,
+    ErrorSamples,
+    HeldOut,
+    capped_nll,
+    choose,
+    cover,
+    cross_fit,
+)
 from ukd_ros.distillation.reliability import draw_reliability
 from ukd_ros.geometry.arrays import FloatArray
 from ukd_ros.geometry.camera import Camera
@@ -136,8 +145,9 @@ class CalibrationReport:
     """What was fitted, on what, and what it is worth (every check by calibrations that have not seen the view).
 
     labels: labelled objects sought; matched of them found; unmatched: instances of no labelled object. way: how the
-    shipped calibration was fitted, ways: the held-out scores that chose it. checks: "joint" (shipped),
-    "block_diagonal" (modes 0, refitted), "uncalibrated" (the network's own error bars).
+    shipped calibration was fitted, ways: the held-out scores that chose it (likelihood and pose_level on linearised
+    poses; solved and solved_covered, without and with a final scaling to nominal coverage, on poses from PnP).
+    checks: "joint" (shipped), "block_diagonal" (modes 0, refitted), "uncalibrated" (the network's own error bars).
     """
 
     model: str
@@ -223,14 +233,14 @@ def calibrate(
     options = options or CalibrationOptions()
     found = collect(estimator, views, options, limit, progress)
     samples = error_samples(found.matches, estimator.objects)
-    joint = cross_fit(samples, options.folds, with_modes=True)
-    blocks = cross_fit(samples, options.folds, with_modes=False)
-    plain = replace(joint, by_fold=(Calibration(),) * options.folds)
-    checks: dict[str, PoseCheck] = {}
-    squares: dict[str, dict[str, FloatArray]] = {}
-    for name, fit in (("joint", joint), ("block_diagonal", blocks), ("uncalibrated", plain)):
-        checks[name], squares[name] = check_poses(estimator, found.matches, fit)
-    stamped = [replace(fit.calibration, views=found.views, instances=len(found.matches)) for fit in (joint, blocks)]
+    joint = _judge(estimator, found.matches, cross_fit(samples, options.folds, with_modes=True))
+    blocks = _judge(estimator, found.matches, cross_fit(samples, options.folds, with_modes=False))
+    plain = replace(joint.fit, by_fold=(Calibration(),) * options.folds)
+    raw = Judged(plain, *check_poses(estimator, found.matches, plain)[:2], way="")
+    variants = {"joint": joint, "block_diagonal": blocks, "uncalibrated": raw}
+    stamped = [
+        replace(judged.fit.calibration, views=found.views, instances=len(found.matches)) for judged in (joint, blocks)
+    ]
     return CalibrationReport(
         model="",
         dataset="",
@@ -242,9 +252,9 @@ def calibrate(
         calibration=stamped[0],
         block_diagonal=stamped[1],
         way=joint.way,
-        ways=joint.scores,
-        checks=checks,
-        squares=squares,
+        ways=joint.fit.scores,
+        checks={name: judged.check for name, judged in variants.items()},
+        squares={name: judged.squares for name, judged in variants.items()},
     )
 
 
@@ -338,11 +348,42 @@ def error_samples(matches: Sequence[Match], objects: Sequence[ObjectModel]) -> E
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """A cross-fitted calibration, the check of its solved poses, their NEES per part, and how it was fitted."""
+
+    fit: CrossFit
+    check: PoseCheck
+    squares: dict[str, FloatArray]
+    way: str
+
+
+def _judge(estimator: PoseEstimator, matches: Sequence[Match], fit: CrossFit) -> Judged:
+    """Solve all poses with a fit, and with it scaled to the coverage that these show; return the better of both."""
+    check, squares, fold = check_poses(estimator, matches, fit)
+    covered = cover(fit, squares["pose"], fold)
+    covered_check, covered_squares, _ = check_poses(estimator, matches, covered)
+    scores = {"solved": _score(check), "solved_covered": _score(covered_check)}
+    fit = replace(fit, scores={**fit.scores, **scores})
+    if choose(scores) == "solved":
+        return Judged(fit, check, squares, fit.way)
+    return Judged(replace(covered, scores=fit.scores), covered_check, covered_squares, f"{fit.way}, covered")
+
+
+def _score(check: PoseCheck) -> HeldOut:
+    """Return what decides between fits."""
+    return HeldOut(check.nll, max(abs(check.coverage[part][0.95] - 0.95) for part in PARTS))
+
+
 def check_poses(
     estimator: PoseEstimator, matches: Sequence[Match], fit: CrossFit
-) -> tuple[PoseCheck, dict[str, FloatArray]]:
-    """Solve every match with the calibration that has not seen its view; return the check and the NEES per part."""
-    deltas, covs = [], []
+) -> tuple[PoseCheck, dict[str, FloatArray], FloatArray]:
+    """Solve every match with the calibration that has not seen its view.
+
+    Returns the check, the NEES [m] per part and the fold [m] of the poses that were not rejected.
+    ValueError when none was solved.
+    """
+    deltas, covs, folds = [], [], []
     rejected: Counter[str] = Counter()
     for item, fold in zip(matches, fit.fold, strict=True):
         answer = estimator.solve(item.camera, recalibrated(item.instance, fit.by_fold[int(fold)]))
@@ -351,9 +392,11 @@ def check_poses(
             continue
         deltas.append(item.truth.minus(answer.T_camera_object))
         covs.append(answer.cov)
+        folds.append(fold)
     if not deltas:
         raise ValueError(f"No pose was solved from {len(matches)} matched instances: {dict(rejected)}.")
-    return pose_check(np.array(deltas), np.array(covs), dict(rejected))
+    check, squares = pose_check(np.array(deltas), np.array(covs), dict(rejected))
+    return check, squares, np.array(folds)
 
 
 def recalibrated(instance: VoteInstance, calibration: Calibration) -> VoteInstance:
