@@ -7,8 +7,6 @@ Format: https://github.com/thodan/bop_toolkit/blob/master/docs/bop_datasets_form
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,10 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from ukd_ros.data.meshes import diameter_of, load_mesh, object_model
+from ukd_ros.data.meshes import load_mesh, object_model
+from ukd_ros.data.whole_files import write_bytes
 from ukd_ros.geometry.camera import Camera
-from ukd_ros.geometry.object_model import Mesh, ObjectModel, Symmetries
+from ukd_ros.geometry.object_model import Mesh, ObjectModel, Symmetries, diameter_of
 from ukd_ros.geometry.pose import Pose, nearest_rotation
 from ukd_ros.geometry.view import LabelledView, ObjectLabel
 
@@ -244,7 +243,7 @@ class BopWriter:
         return {int(path.stem) for path in (self.scene / ".records").glob("[0-9]*.json")}
 
     def write_image(
-        self, image_id: int, jpeg: bytes, masks: list[npt.NDArray[np.bool_]], record: dict[str, list[Any] | dict[str, Any]]
+        self, image_id: int, jpeg: bytes, masks: list[npt.NDArray[np.bool_]], record: dict[str, Any]
     ) -> None:
         """Write one image: pixels first, its record last, all by rename.
 
@@ -288,19 +287,6 @@ def model_info(name: str, mesh: Mesh, symmetries: Symmetries | None = None) -> d
     if symmetries is not None:
         out.update(symmetries.to_bop(MM))
     return out
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole: a temporary one beside it, then a rename."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _pose_of(label: dict[str, Any], folder: Path, image_id: int) -> Pose:

@@ -274,7 +274,9 @@ def _flat_where_sharp(vertices: FloatArray, faces: npt.NDArray[np.int64], uv: Fl
 
 def box_mesh() -> Mesh:
     """Return a cube of side 1 about the origin, the whole texture on each face."""
-    v, f, uv = [], [], []
+    v: list[FloatArray] = []
+    f: list[tuple[int, int, int]] = []
+    uv: list[tuple[float, float]] = []
     for axis in range(3):
         for sign in (-0.5, 0.5):
             a, b = np.eye(3)[(axis + 1) % 3], np.eye(3)[(axis + 2) % 3]
@@ -313,8 +315,8 @@ def primitive_meshes(rng: np.random.Generator, turned: int = 14) -> list[Mesh]:
         if rng.random() < 0.6:
             smooth = np.convolve(np.pad(smooth, 1, mode="edge"), [0.25, 0.5, 0.25], mode="valid")
         meshes.append(_lathe(np.stack([smooth, fine], axis=1), exponent=float(rng.choice([2.0, 2.0, 4.0]))))
-    for radius in (0.12, 0.2):
-        meshes.append(_torus(0.5 - radius, radius))
+    for thick in (0.12, 0.2):
+        meshes.append(_torus(0.5 - thick, thick))
     return meshes
 
 

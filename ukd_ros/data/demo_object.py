@@ -7,16 +7,16 @@ different labels and the two sides different stripes, so no two views look alike
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
 from ukd_ros.data.meshes import vertex_normals
+from ukd_ros.data.whole_files import write_bytes
 from ukd_ros.geometry.object_model import Mesh
 
 FloatArray = npt.NDArray[np.float64]
@@ -115,20 +115,15 @@ def write_demo_mesh(folder: str | Path) -> Path:
     if not ok:
         raise RuntimeError("OpenCV could not encode the demo texture as PNG")
     material = f"newmtl label\nKa 1 1 1\nKd 1 1 1\nKs 0.2 0.2 0.2\nNs 40\nmap_Kd {DEMO_NAME}.png\n"
-    _replace(folder / f"{DEMO_NAME}.png", png.tobytes())
-    _replace(folder / f"{DEMO_NAME}.mtl", material.encode())
-    _replace(folder / f"{DEMO_NAME}.obj", ("\n".join(lines) + "\n").encode())
+    write_bytes(folder / f"{DEMO_NAME}.png", png.tobytes())
+    write_bytes(folder / f"{DEMO_NAME}.mtl", material.encode())
+    write_bytes(folder / f"{DEMO_NAME}.obj", ("\n".join(lines) + "\n").encode())
     return folder / f"{DEMO_NAME}.obj"
 
 
-def _replace(path: Path, data: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "wb") as stream:
-        stream.write(data)
-    os.replace(name, path)
-
-
-def _superellipse(t: FloatArray, a: float, b: float, exponent: float) -> tuple[FloatArray, FloatArray]:
+def _superellipse(
+    t: npt.NDArray[np.floating[Any]], a: float, b: float, exponent: float
+) -> tuple[FloatArray, FloatArray]:
     c, s = np.cos(t), np.sin(t)
     return a * np.sign(c) * np.abs(c) ** (2 / exponent), b * np.sign(s) * np.abs(s) ** (2 / exponent)
 

@@ -8,8 +8,6 @@ refused, and a texture that lies outside the mesh's own folder is refused instea
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from ukd_ros.data.whole_files import write_bytes
 from ukd_ros.geometry.object_model import Mesh, ObjectModel, Symmetries, box_corners, diameter_of, farthest_points
 
 logger = logging.getLogger(__name__)
@@ -108,7 +107,7 @@ def simplified(mesh: Mesh, max_faces: int) -> Mesh:
         return mesh
     low = mesh.vertices.min(axis=0)
     size = float(np.ptp(mesh.vertices, axis=0).max())
-    for cells in (256, 192, 144, 108, 80, 60, 45, 34, 25):
+    for cells in (256, 192, 144, 108, 80, 60, 45, 34, 25, 19, 14, 10):
         out = _clustered(mesh, low, size / cells)
         if len(out.faces) <= max_faces:
             return out
@@ -116,7 +115,7 @@ def simplified(mesh: Mesh, max_faces: int) -> Mesh:
 
 
 def write_ply(path: str | Path, mesh: Mesh, unit: str = "mm") -> None:
-    """Write a binary .ply in `unit` as BOP has it: normals, vertex colours, or uv with the texture as a .png beside it."""
+    """Write a binary .ply in `unit` as BOP has it: normals, and vertex colours or uv (with the texture as a .png)."""
     path = Path(path)
     scale = 1.0 / UNIT_METRES[unit]
     fields: list[tuple[str, str]] = [(n, "<f4") for n in ("x", "y", "z", "nx", "ny", "nz")]
@@ -130,7 +129,7 @@ def write_ply(path: str | Path, mesh: Mesh, unit: str = "mm") -> None:
         ok, png = cv2.imencode(".png", cv2.cvtColor(np.array(mesh.texture), cv2.COLOR_RGB2BGR))
         if not ok:
             raise MeshError(f"{picture}: OpenCV could not encode the texture.")
-        _replace(picture, png.tobytes())
+        write_bytes(picture, png.tobytes())
     if mesh.colors is not None:
         fields += [(n, "u1") for n in ("red", "green", "blue")]
         columns += [*mesh.colors.T]
@@ -142,15 +141,7 @@ def write_ply(path: str | Path, mesh: Mesh, unit: str = "mm") -> None:
     header.append(f"element vertex {len(vertices)}")
     header += [f"property {'uchar' if kind == 'u1' else 'float'} {name}" for name, kind in fields]
     header += [f"element face {len(faces)}", "property list uchar int vertex_indices", "end_header", ""]
-    _replace(path, "\n".join(header).encode() + vertices.tobytes() + faces.tobytes())
-
-
-def _replace(path: Path, data: bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "wb") as stream:
-        stream.write(data)
-    os.chmod(name, 0o644)
-    os.replace(name, path)
+    write_bytes(path, "\n".join(header).encode() + vertices.tobytes() + faces.tobytes())
 
 
 def _clustered(mesh: Mesh, low: FloatArray, cell: float) -> Mesh:
@@ -188,7 +179,7 @@ def _read_parts(path: Path) -> list[Any]:
 
     root = path.parent.resolve()
 
-    class FolderResolver(Resolver):  # type: ignore[misc]
+    class FolderResolver(Resolver):
         """Opens what a mesh file refers to, only inside the mesh's own folder."""
 
         def __init__(self) -> None:
@@ -198,7 +189,7 @@ def _read_parts(path: Path) -> list[Any]:
             wanted = (root / name.strip()).resolve()
             if not wanted.is_relative_to(root):
                 raise MeshError(
-                    f"{path}: refers to {name!r}, which lies outside its folder; copy it beside the mesh if you trust it."
+                    f"{path}: refers to {name!r} outside its folder; copy that beside the mesh if you trust it."
                 )
             return wanted.read_bytes()
 
@@ -217,7 +208,7 @@ def _read_parts(path: Path) -> list[Any]:
             loaded = trimesh.load_scene(
                 stream, file_type=path.suffix.lower()[1:], resolver=FolderResolver(), process=False
             )
-        parts = [g for g in loaded.dump() if isinstance(g, trimesh.Trimesh) and len(g.faces) > 0]
+        parts = [g for g in loaded.geometry.values() if isinstance(g, trimesh.Trimesh) and len(g.faces) > 0]
     except MeshError:
         raise
     except Exception as error:  # trimesh raises whatever its parsers meet: all of them mean an unreadable file
@@ -232,8 +223,8 @@ def _require_texture_files(path: Path, root: Path) -> None:
     if path.suffix.lower() == ".ply":
         with path.open("rb") as stream:
             header = stream.read(65536).split(b"end_header")[0].decode("ascii", "replace")
-        names = [line.split(None, 2)[2] for line in header.splitlines() if line.lower().startswith("comment texturefile ")]
-        _inside(path, root, names)
+        comments = [line for line in header.splitlines() if line.lower().startswith("comment texturefile ")]
+        _inside(path, root, [line.split(None, 2)[2] for line in comments])
     if path.suffix.lower() != ".obj":
         return
     libraries = _obj_values(path, "mtllib")
@@ -268,11 +259,15 @@ def _inside(path: Path, root: Path, names: list[str]) -> None:
 def _merge(path: Path, parts: list[Any], max_texture: int, scale: float) -> Mesh:
     textures = [_texture_of(part, max_texture) for part in parts]
     textured = [t for t in textures if t is not None]
+    texture: npt.NDArray[np.uint8] | None = None
     if len(textured) > 1:
-        textures, uvs, texture = _stacked_textures(parts, textures)
+        uvs, texture = _stacked_textures(parts, textures)
     else:
         texture = textured[0] if textured else None
-        uvs = [_uv_of(part) if t is not None else np.zeros((len(part.vertices), 2)) for part, t in zip(parts, textures, strict=True)]
+        uvs = [
+            np.zeros((len(part.vertices), 2)) if t is None else _uv_of(part)
+            for part, t in zip(parts, textures, strict=True)
+        ]
     colors = [_colors_of(part, t is not None) for part, t in zip(parts, textures, strict=True)]
     has_colors = any(c is not None for c in colors)
     vertices, faces, normals, offset = [], [], [], 0
@@ -309,10 +304,12 @@ def _smooth_normals(vertices: FloatArray, faces: npt.NDArray[np.int64]) -> Float
 
 def _stacked_textures(
     parts: list[Any], textures: list[npt.NDArray[np.uint8] | None]
-) -> tuple[list[npt.NDArray[np.uint8] | None], list[FloatArray], npt.NDArray[np.uint8]]:
+) -> tuple[list[FloatArray], npt.NDArray[np.uint8]]:
     """Put the textures of several parts under one another in one image and move each part's uv accordingly."""
     width = max(t.shape[1] for t in textures if t is not None)
-    tiles, uvs, top = [], [], 0
+    tiles: list[npt.NDArray[Any]] = []
+    uvs: list[FloatArray] = []
+    top = 0
     height = sum(t.shape[0] for t in textures if t is not None)
     for part, tile in zip(parts, textures, strict=True):
         if tile is None:
@@ -323,7 +320,7 @@ def _stacked_textures(
         rows = top + (1.0 - uv[:, 1]) * tile.shape[0]
         uvs.append(np.stack([uv[:, 0], 1.0 - rows / height], axis=1))
         top += tile.shape[0]
-    return textures, uvs, np.vstack(tiles)
+    return uvs, np.vstack(tiles).astype(np.uint8)
 
 
 def _uv_of(part: Any) -> FloatArray:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A contact sheet of a BOP folder: images with the objects' boxes, outlines and axes, to be looked at before training."""
+"""A contact sheet of a BOP folder: images with the objects' boxes, outlines and axes, to look at before training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from ukd_ros.data.bop import BopDataset, write_bytes
+from ukd_ros.data.bop import BopDataset
+from ukd_ros.data.whole_files import write_bytes
 from ukd_ros.geometry.camera import Camera
 from ukd_ros.geometry.pose import Pose
 
@@ -20,7 +21,7 @@ AXIS_COLORS = ((235, 40, 40), (40, 200, 40), (50, 90, 255))
 def write_contact_sheet(
     out: str | Path, path: str | Path, n: int = 24, split: str | None = None, columns: int = 6, width: int = 400
 ) -> Path:
-    """Draw `n` images spread over the BOP folder `out` into one picture at `path` and return it; BopError comes through."""
+    """Draw `n` images spread over the BOP folder `out` into one picture at `path`, which is returned."""
     data = BopDataset(out, split)
     chosen = np.unique(np.linspace(0, len(data) - 1, min(n, len(data))).astype(int))
     lengths = {data.name(i): 0.3 * float(np.ptp(data.mesh(i).vertices, axis=0).max()) for i in data.object_ids}
@@ -61,7 +62,8 @@ def _tile(data: BopDataset, index: int, lengths: dict[str, float], width: int) -
         if np.all(np.isfinite(box)):
             x, y, w, h = (int(v) for v in box)
             cv2.rectangle(image, (x, y), (x + w, y + h), color, 1)
-            cv2.putText(image, f"{label.visible_fraction:.2f}", (x + 2, y + 14), cv2.FONT_HERSHEY_SIMPLEX, 0.45, color, 1)
+            place = (x + 2, y + 14)
+            cv2.putText(image, f"{label.visible_fraction:.2f}", place, cv2.FONT_HERSHEY_SIMPLEX, 0.45, color, 1)
         if label.mask is not None:
             outlines, _ = cv2.findContours(label.mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
             cv2.drawContours(image, outlines, -1, (255, 0, 255), 1)

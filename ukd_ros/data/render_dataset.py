@@ -18,11 +18,14 @@ import cv2
 import numpy as np
 import yaml
 
-from ukd_ros.data.bop import BopWriter, gt_entry, model_info, write_bytes
+from ukd_ros.config import to_mapping
+from ukd_ros.data.bop import BopWriter, gt_entry, model_info
 from ukd_ros.data.demo_object import DEMO_NAME, demo_mesh
-from ukd_ros.data.meshes import MeshError, load_mesh, write_ply
-from ukd_ros.data.scenes import RenderedScene, SceneConfig, SceneRenderer
+from ukd_ros.data.meshes import load_mesh, write_ply
+from ukd_ros.data.scene_renderer import SceneRenderer
+from ukd_ros.data.scenes import RenderedScene, SceneConfig
 from ukd_ros.data.sensor import jpeg_bytes
+from ukd_ros.data.whole_files import write_bytes
 from ukd_ros.geometry.object_model import Mesh
 
 logger = logging.getLogger(__name__)
@@ -78,14 +81,15 @@ def render_dataset(
         raise RenderError(f"count: at least one image must be rendered, got {count}.")
     sources = _numbered(targets)
     others = list(distractors or [])
-    description = _description(config, sources, others, seed)
-    _claim(out, description)
+    loaded = _first_look(out, sources, others)
+    _claim(out, _description(config, sources, others, seed))
     writer = BopWriter(out, split)
     missing = sorted(set(range(count)) - writer.done())
     if not missing and _is_finished(writer, out, count):
         logger.info("%s: all %d images are there already", out, count)
         return out
-    _write_models(out, sources, config)
+    if loaded:
+        _write_models(out, sources, loaded, config)
     if missing:
         arguments = (config, sources, others, seed, out, split)
         _run(arguments, missing, count, workers, progress)
@@ -112,13 +116,21 @@ def _numbered(targets: list[MeshSource]) -> list[MeshSource]:
 
 def _description(config: SceneConfig, targets: list[MeshSource], others: list[MeshSource], seed: int) -> dict[str, Any]:
     """Everything that decides the pixels, in plain types."""
-    plain = json.loads(json.dumps(asdict(config)))
     return {
         "seed": seed,
         "targets": [asdict(t) for t in targets],
         "distractors": [{"path": d.path, "unit": d.unit} for d in others],
-        "scene": plain,
+        "scene": to_mapping(config),
     }
+
+
+def _first_look(out: Path, targets: list[MeshSource], others: list[MeshSource]) -> list[Mesh]:
+    """Load every mesh before a folder is begun, so that a wrong unit leaves nothing behind; [] in one begun before."""
+    if (out / "models" / "models_info.json").is_file():
+        return []
+    for source in others:
+        source.load()
+    return [source.load() for source in targets]
 
 
 def _claim(out: Path, description: dict[str, Any]) -> None:
@@ -157,22 +169,19 @@ def _is_finished(writer: BopWriter, out: Path, count: int) -> bool:
         return sum(1 for _ in stream) == count + 2  # one line an image and the two braces, see BopWriter.finish
 
 
-def _write_models(out: Path, targets: list[MeshSource], config: SceneConfig) -> None:
+def _write_models(out: Path, targets: list[MeshSource], meshes: list[Mesh], config: SceneConfig) -> None:
     folder = out / "models"
     folder.mkdir(exist_ok=True)
-    if (folder / "models_info.json").is_file():
-        return
     infos = {}
-    for source in targets:
-        mesh = source.load()
+    for source, mesh in zip(targets, meshes, strict=True):
         write_ply(folder / f"obj_{source.object_id:06d}.ply", mesh, "mm")
         infos[str(source.object_id)] = model_info(source.label(), mesh)
-    write_bytes(folder / "models_info.json", json.dumps(infos, indent=2).encode())
     f = config.width / 2 / np.tan(np.radians(np.mean(config.fov_deg)) / 2)
     K = config.camera_matrix or (f, 0, (config.width - 1) / 2, 0, f, (config.height - 1) / 2, 0, 0, 1)
     camera = {"cx": K[2], "cy": K[5], "depth_scale": 1.0, "fx": K[0], "fy": K[4],
               "height": config.height, "width": config.width}  # fmt: skip
     write_bytes(out / "camera.json", json.dumps(camera, indent=2).encode())
+    write_bytes(folder / "models_info.json", json.dumps(infos, indent=2).encode())  # last: it says that all is there
 
 
 Arguments = tuple[SceneConfig, list[MeshSource], list[MeshSource], int, Path, str]
@@ -239,7 +248,7 @@ def _run(arguments: Arguments, missing: list[int], count: int, workers: int, pro
                 pool.shutdown(wait=False, cancel_futures=True)
                 # the initializer's own message was lost in the child: repeat it here, in the open
                 _start(arguments)
-                raise RenderError("a rendering process died; is there enough memory? Fewer workers may help.") from error
+                raise RenderError("a rendering process died, perhaps for want of memory: try fewer workers.") from error
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -256,20 +265,3 @@ def _in_flight(pool: ProcessPoolExecutor, chunks: Iterable[list[int]], limit: in
                 yield future.result()
     for future in pending:
         yield future.result()
-
-
-def scene_config_from_yaml(path: str | Path) -> SceneConfig:
-    """Read a SceneConfig from a yaml file with any subset of its fields; RenderError names the file and the field."""
-    path = Path(path)
-    if not path.is_file():
-        raise RenderError(f"{path}: there is no such configuration file.")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        if not isinstance(values, dict):
-            raise RenderError(f"{path}: must hold `field: value` lines.")
-        return SceneConfig(**values)
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise RenderError(f"{path}: {error}") from error
-
-
-__all__ = ["DEMO", "MeshError", "MeshSource", "RenderError", "render_dataset", "scene_config_from_yaml"]

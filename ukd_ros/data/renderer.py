@@ -2,7 +2,7 @@
 """Headless OpenGL: meshes at poses before a pinhole camera become colour, instance ids, depth and silhouettes.
 
 Everything is in the camera's optical frame (x right, y down, z forward, metres); pixel (0, 0) is the centre of the
-top-left pixel, as in `Camera`. Lens distortion is not rendered. On a machine without a GPU Mesa's llvmpipe does the work.
+top-left pixel, as in `Camera`. Lens distortion is not rendered. Without a GPU, Mesa's llvmpipe does the work.
 """
 
 from __future__ import annotations
@@ -89,7 +89,11 @@ class Lighting:
 
 @dataclass(frozen=True, eq=False)
 class Rendering:
-    """color [H,W,3] uint8 RGB, square-root encoded linear light; ident [H,W] uint16, 0 = nothing; depth [H,W] m, 0 = nothing."""
+    """One image: colour, ids and depth.
+
+    color: [H,W,3] uint8 RGB, the square root of linear light. ident: [H,W], 0 where there is nothing. depth: [H,W] m
+    along the optical axis, 0 where there is nothing.
+    """
 
     color: npt.NDArray[np.uint8]
     ident: npt.NDArray[np.uint16]
@@ -116,16 +120,21 @@ class GpuMesh:
         self.radius = float(np.linalg.norm(mesh.vertices, axis=1).max())
 
 
+_current: Renderer | None = None  # whose context the process holds
+
+
 class Renderer:
-    """Renders images of one size; one per process. Close it (or use `with`) to free the context."""
+    """Renders images of one size, in one thread. Close it (or use `with`) to free the context."""
 
     def __init__(self, width: int, height: int, samples: int = 1, shadow_size: int = 1024) -> None:
         """Open a standalone EGL context; raises RendererError with the packages to install when that fails.
 
         `samples` 4 is multisampling, which doubles the time on llvmpipe; 1 leaves outlines to `smooth_outlines`.
         """
+        global _current
         self.width, self.height = width, height
         self.context = _open_context()
+        _current = self
         gl = self.context
         self._software = "llvmpipe" in gl.info["GL_RENDERER"] or "softpipe" in gl.info["GL_RENDERER"]
         samples = min(samples, gl.max_samples)
@@ -152,6 +161,13 @@ class Renderer:
         self._shadow_fbo = gl.framebuffer(depth_attachment=self._shadow_map)
         self._white = self.texture(np.full((1, 1, 3), 255, np.uint8))
 
+    def _activate(self) -> None:
+        """Make this context the current one, when a renderer opened later took its place."""
+        global _current
+        if _current is not self:
+            self.context.__enter__()
+            _current = self
+
     def __enter__(self) -> Renderer:
         """Return itself."""
         return self
@@ -162,10 +178,12 @@ class Renderer:
 
     def close(self) -> None:
         """Free the context and all that lives in it."""
+        self._activate()
         self.context.release()
 
     def upload(self, mesh: Mesh) -> GpuMesh:
         """Copy a mesh (with its texture) to the graphics side."""
+        self._activate()
         colors = np.full((len(mesh.vertices), 3), 255, np.uint8) if mesh.colors is None else mesh.colors
         uv = np.zeros((len(mesh.vertices), 2)) if mesh.uv is None else mesh.uv
         linear = (colors.astype(np.float32) / 255.0) ** 2  # square-root encoding throughout, see Rendering
@@ -184,6 +202,7 @@ class Renderer:
 
     def texture(self, image: npt.NDArray[np.uint8], mipmaps: bool = True) -> Any:
         """Copy an RGB image [h,w,3] to the graphics side, first row on top (uv v = 1)."""
+        self._activate()
         rows = np.ascontiguousarray(image[::-1])
         texture = self.context.texture((image.shape[1], image.shape[0]), 3, rows.tobytes(), alignment=1)
         if mipmaps:
@@ -195,7 +214,7 @@ class Renderer:
 
     def labels(self, items: list[Item], camera: Camera) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.float32]]:
         """Return the id image [H,W] and depth [H,W] (m) of the nearest surfaces."""
-        self._require_camera(camera)
+        self._begin(camera)
         gl = self.context
         self._labels.use()
         self._labels.clear(0.0, 0.0, 0.0, 0.0)
@@ -211,7 +230,7 @@ class Renderer:
 
     def silhouettes(self, items: list[Item], camera: Camera) -> list[Silhouette]:
         """Return each item's whole outline as if it were alone, counted up to half an image beyond the borders."""
-        self._require_camera(camera)
+        self._begin(camera)
         gl = self.context
         clip = clip_matrix(camera, (2 * self.width, 2 * self.height), (self.width // 2, self.height // 2))
         out = []
@@ -223,6 +242,7 @@ class Renderer:
             gl.enable_only(gl.NOTHING)
             for channel, item in enumerate(group):
                 self._wide.color_mask = tuple(channel == c for c in range(4))
+                self._wide.use()  # the mask takes effect here
                 self._silhouette["clip"].write(_columns(clip @ _model(item)))
                 item.mesh.vao["silhouette"].render()
             for channel, item in enumerate(group):
@@ -255,7 +275,7 @@ class Renderer:
         self, items: list[Item], camera: Camera, lighting: Lighting, backdrop: npt.NDArray[np.uint8] | None = None
     ) -> npt.NDArray[np.uint8]:
         """Return the colour image [H,W,3] uint8, square-root encoded; `backdrop` (same encoding) fills the rest."""
-        self._require_camera(camera)
+        self._begin(camera)
         gl = self.context
         shadow = self._draw_shadow_map(items, lighting)
         self._multi.use()
@@ -269,7 +289,7 @@ class Renderer:
         gl.enable_only(gl.DEPTH_TEST)
         self._set_lighting(lighting, shadow)
         clip = clip_matrix(camera)
-        for item in items:
+        for item in sorted(items, key=_nearest):  # what is hidden is then never shaded
             self._draw_shaded(item, clip)
         if self._multi is not self._color:
             gl.copy_framebuffer(self._color, self._multi)
@@ -339,7 +359,8 @@ class Renderer:
             item.mesh.vao["shadow"].render()
         return np.array([[0.5, 0, 0, 0.5], [0, 0.5, 0, 0.5], [0, 0, 0.5, 0.5], [0, 0, 0, 1.0]]) @ view
 
-    def _require_camera(self, camera: Camera) -> None:
+    def _begin(self, camera: Camera) -> None:
+        self._activate()
         if (camera.width, camera.height) != (self.width, self.height):
             raise ValueError(
                 f"camera is {camera.width}x{camera.height}, the renderer was opened for {self.width}x{self.height}."
@@ -360,7 +381,7 @@ def smooth_outlines(
         edge[a, b] |= jump
         edge[c, d] |= jump
     out = color.copy()
-    cv2.copyTo(cv2.GaussianBlur(color, (3, 3), 0.7), edge, out)
+    cv2.copyTo(cv2.GaussianBlur(color, (3, 3), 0.5), edge, out)
     return out
 
 
@@ -383,7 +404,7 @@ def clip_matrix(
 
 
 def light_matrix(light: Light, middle: FloatArray, reach: float) -> FloatArray:
-    """Return the orthographic view [4,4] of a light onto the sphere (`middle`, `reach`); a point light is taken as far."""
+    """Return a light's orthographic view [4,4] of the sphere (`middle`, `reach`); a point light is taken as far."""
     towards = light.position - middle if light.is_point else light.position
     z = -towards / np.linalg.norm(towards)
     x = np.cross(z, np.array([0.0, 1.0, 0.0]) if abs(z[1]) < 0.9 else np.array([1.0, 0.0, 0.0]))
@@ -395,8 +416,12 @@ def light_matrix(light: Light, middle: FloatArray, reach: float) -> FloatArray:
     return out
 
 
+def _nearest(item: Item) -> float:
+    return float(item.pose.translation[2]) - (item.mesh.radius * max(item.scale) if item.casts_shadow else -FAR)
+
+
 def _model(item: Item) -> FloatArray:
-    return item.pose.matrix() @ np.diag([*item.scale, 1.0])
+    return np.asarray(item.pose.matrix() @ np.diag([*item.scale, 1.0]))
 
 
 def _columns(matrix: FloatArray) -> bytes:
@@ -408,8 +433,9 @@ def _open_context() -> Any:
         import moderngl
     except ImportError as error:
         raise RendererError("rendering needs the Python package moderngl: pip install 'ukd_ros[train]'.") from error
+    settings: dict[str, Any] = {"backend": "egl"}
     try:
-        return moderngl.create_context(standalone=True, backend="egl", require=330)
+        return moderngl.create_context(require=330, standalone=True, **settings)
     except Exception as error:  # moderngl and glcontext raise bare Exception for every EGL failure
         raise RendererError(
             f"no headless OpenGL 3.3 context could be opened ({error}). On Debian and Ubuntu: "

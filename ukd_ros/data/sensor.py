@@ -111,11 +111,15 @@ def _motion_kernel(length: float, angle: float) -> FloatImage:
     for t in np.linspace(-length / 2, length / 2, 32):
         x, y = size // 2 + t * np.cos(angle), size // 2 + t * np.sin(angle)
         kernel[round(y), round(x)] += 1.0
-    return kernel / kernel.sum()
+    return np.asarray(kernel / kernel.sum(), dtype=np.float32)
 
 
 def _log_uniform(rng: np.random.Generator, limits: Range) -> float:
     return float(np.exp(rng.uniform(np.log(limits[0]), np.log(limits[1]))))
+
+
+# what a 3x3 Gaussian of sigma 0.7 takes from the deviation of independent noise, given back
+_SMOOTHED_GAIN = np.float32(1.0 / np.square(cv2.getGaussianKernel(3, 0.7)).sum())
 
 
 @lru_cache(maxsize=2)
@@ -133,8 +137,8 @@ def _add_noise(light: FloatImage, config: SensorConfig, rng: np.random.Generator
     if rng.random() < 0.5:
         noise = noise[::-1, ::-1]
     if rng.random() < 0.5:  # demosaicing and denoising make the noise of neighbours alike
-        noise = np.asarray(cv2.GaussianBlur(noise, (3, 3), 0.7), dtype=np.float32) * np.float32(1.9)
-    sigma = cv2.sqrt(cv2.max(light, 0.0) * np.float32(shot * shot) + np.float32(read * read))
+        noise = np.asarray(cv2.GaussianBlur(noise, (3, 3), 0.7), dtype=np.float32) * _SMOOTHED_GAIN
+    sigma = np.sqrt(np.maximum(light, np.float32(0)) * np.float32(shot * shot) + np.float32(read * read))
     light += noise * sigma
 
 

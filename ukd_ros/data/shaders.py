@@ -50,8 +50,9 @@ in vec3 shadow_place;
 out vec4 out_color;
 
 float lit_by_main_light() {
-    vec3 p = vec3(shadow_place.xy, shadow_place.z - 0.002);
-    if (any(lessThan(p, vec3(0.0))) || any(greaterThan(p, vec3(1.0)))) return 1.0;
+    // behind all that casts a shadow is still in it; beside it is not
+    vec3 p = vec3(shadow_place.xy, min(shadow_place.z - 0.002, 0.9999));
+    if (any(lessThan(p, vec3(0.0))) || any(greaterThan(p.xy, vec2(1.0)))) return 1.0;
     float s = shadow_shape.x;
     float sum = texture(shadow_map, p + vec3(-0.94 * s, -0.40 * s, 0.0))
               + texture(shadow_map, p + vec3( 0.95 * s, -0.77 * s, 0.0))
@@ -77,7 +78,8 @@ void main() {
         if (n_l > 0.0) {
             float visible = i == 0 ? lit_by_main_light() : 1.0;
             vec3 half_way = normalize(to_light + eye);
-            float glint = highlight_scale * pow(max(dot(n, half_way), 0.0), shine);
+            // Blinn-Phong's power as the Gaussian it tends to: half the cost on a CPU
+            float glint = highlight_scale * exp2(1.4427 * shine * (dot(n, half_way) - 1.0));
             light += light_color[i] * (n_l * visible) * (albedo + glint);
         }
     }
