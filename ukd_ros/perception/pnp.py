@@ -38,6 +38,10 @@ PLANAR = 1e-3
 COLLINEAR = 1e-9
 """Width over length below which a keypoint set is a line."""
 
+MAX_TURN_SIGMA = 1.0
+"""Rotation uncertainty (rad, root of the trace) beyond which no tangent describes it; for the position it is the
+distance itself. The condition number alone does not see an axis that is merely unknown."""
+
 
 @dataclass(frozen=True)
 class PnpOptions:
@@ -305,6 +309,12 @@ def _answer(
     cov = _covariance(fit.information(), options.max_condition)
     if cov is None:
         return refused(RejectReason.DEGENERATE, f"the {count} agreeing keypoints do not determine all of the pose.")
+    turn, shift = math.sqrt(np.trace(cov[3:, 3:])), math.sqrt(np.trace(cov[:3, :3]))
+    if turn > MAX_TURN_SIGMA or shift > float(np.linalg.norm(fit.translation)):
+        detail = (
+            f"the pose is only known to {turn:.2g} rad and {shift:.2g} m, too loosely for a covariance to describe."
+        )
+        return refused(RejectReason.DEGENERATE, detail)
     if not fit.converged:
         return refused(RejectReason.NO_CONVERGENCE, f"the refinement did not settle in {fit.iterations} steps.")
     if not _passes_gate(fit, options):
