@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The distributions' OpenCV (4.5 on Humble, 4.6 on Jazzy) gives torch's votes for every architecture."""
+"""The distributions' OpenCV (4.5 on Humble, 4.6 on Jazzy) gives torch's votes for every kind of architecture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from perception.exported_models import SMALL, lively_network, objects
 
 from ukd_ros.distillation.export import ExportOptions, example_images, export_model, torch_votes
 
-NETWORKS = (("lean", 1), ("lean", 2), ("darknet_tiny_h", 2), ("darknet_tiny", 1), ("darknet53", 1))
+NETWORKS = (("lean", 1), ("lean", 2), ("darknet_tiny_h", 2), ("darknet53", 1))
 SCRIPT = Path(__file__).with_name("opencv_versions.py")
 
 
