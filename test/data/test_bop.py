@@ -108,6 +108,21 @@ def test_images_and_json_must_agree(folder: Path) -> None:
         BopDataset(folder)
 
 
+def test_sizes_must_agree_and_tell_what_is_truncated(folder: Path) -> None:
+    scene = folder / "train" / "000000"
+    info = json.loads((scene / "scene_gt_info.json").read_text())
+    info["0"][0]["bbox_obj"] = [50, 10, 25, 10]
+    info["0"][1]["bbox_obj"] = [39, 10, 25, 10]
+    (scene / "scene_gt_info.json").write_text(json.dumps(info))
+    assert [label.truncated for label in BopDataset(folder).view(0).objects] == [True, False]
+    cv2.imwrite(str(scene / "rgb" / "000000.jpg"), np.zeros((24, 32, 3), np.uint8))
+    with pytest.raises(BopError, match=r"000000\.jpg: is 32x24.*64x48"):
+        BopDataset(folder).view(0)
+    cv2.imwrite(str(scene / "mask_visib" / "000001_000000.png"), np.zeros((24, 32), np.uint8))
+    with pytest.raises(BopError, match=r"000001\.jpg.*mask_visib"):
+        BopDataset(folder).view(1)
+
+
 def test_bad_content_is_named_when_it_is_read(folder: Path) -> None:
     scene = folder / "train" / "000000"
     truth = json.loads((scene / "scene_gt.json").read_text())

@@ -44,6 +44,7 @@ def test_written_files_read_back(tmp_path: Path) -> None:
     assert path.name == f"{DEMO_NAME}.obj"
     back, mesh = load_mesh(path, "m"), demo_mesh()
     assert np.allclose(back.vertices, mesh.vertices, atol=1e-6)
+    assert back.texture is not None and mesh.texture is not None
     assert np.array_equal(back.texture, mesh.texture)
 
 

@@ -138,10 +138,12 @@ def test_written_ply_reads_back(tmp_path: Path, textured: bool) -> None:
     assert np.array_equal(back.faces, mesh.faces)
     assert np.allclose(back.normals, mesh.normals, atol=1e-3)
     if textured:
-        assert back.uv is not None and mesh.uv is not None and back.texture is not None
+        assert back.uv is not None and mesh.uv is not None
+        assert back.texture is not None and mesh.texture is not None
         assert np.allclose(back.uv, mesh.uv, atol=1e-6)
         assert np.array_equal(back.texture, mesh.texture)
     else:
+        assert back.colors is not None and mesh.colors is not None
         assert np.array_equal(back.colors, mesh.colors)
 
 

@@ -142,11 +142,11 @@ def test_a_shadow_lies_where_the_light_throws_it(renderer: Renderer) -> None:
 def test_textures_are_upright(renderer: Renderer) -> None:
     corners = np.zeros((2, 2, 3), np.uint8)
     corners[0, 0], corners[0, 1], corners[1, 0] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-    corners = corners.repeat(32, axis=0).repeat(32, axis=1)
+    texture = corners.repeat(32, axis=0).repeat(32, axis=1)
     # an object facing the camera with its y upwards: x right, y up, z towards the camera
     vertices = np.array([[-1.0, -1, 0], [1, -1, 0], [1, 1, 0], [-1, 1, 0]]) * 0.3
     mesh = Mesh(vertices, np.array([[0, 1, 2], [0, 2, 3]]), np.tile([0.0, 0, 1], (4, 1)),
-                uv=np.array([[0.0, 0], [1, 0], [1, 1], [0, 1]]), texture=corners)  # fmt: skip
+                uv=np.array([[0.0, 0], [1, 0], [1, 1], [0, 1]]), texture=texture)  # fmt: skip
     pose = Pose(np.diag([1.0, -1.0, -1.0]), np.array([0, 0, 1.0]))
     item = Item(renderer.upload(mesh), pose, 1, Material(specular=0.0))
     image = renderer.shade([item], camera(), facing_light())

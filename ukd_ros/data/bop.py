@@ -117,8 +117,13 @@ class BopDataset:
             raise BopError(f"{self._folders[entry.scene_id]}/scene_camera.json: image {entry.image_id} has no cam_K.")
         return Camera(width, height, K.reshape(3, 3))
 
-    def labels(self, index: int, masks: bool = True) -> tuple[ObjectLabel, ...]:
-        """Return the labelled objects of image `index` (metres), with visible masks where the folder has them."""
+    def labels(
+        self, index: int, masks: bool = True, size: tuple[int, int] | None = None
+    ) -> tuple[ObjectLabel, ...]:
+        """Return the labelled objects of image `index` (metres), with visible masks where the folder has them.
+
+        `size` (width, height) px tells what is truncated, where scene_camera.json does not (it does in our renders).
+        """
         entry = self.images[index]
         scene = self._scenes[entry.scene_id]
         truth = scene["scene_gt.json"].get(str(entry.image_id), [])
@@ -138,7 +143,7 @@ class BopDataset:
                     T_camera_object=_pose_of(label, self._folders[entry.scene_id], entry.image_id),
                     visible_fraction=float(np.clip(facts.get("visib_fract", 1.0), 0.0, 1.0)),
                     mask=mask,
-                    truncated=self._truncated(facts, entry),
+                    truncated=self._truncated(facts, entry, size),
                 )
             )
         return tuple(out)
@@ -156,8 +161,20 @@ class BopDataset:
     def view(self, index: int, masks: bool = True) -> LabelledView:
         """Return image `index` with its camera and labels."""
         image = self.image(index)
-        camera = self.camera(index, (image.shape[1], image.shape[0]))
-        return LabelledView(image=image, camera=camera, objects=self.labels(index, masks))
+        size = (int(image.shape[1]), int(image.shape[0]))
+        entry = self.images[index]
+        record = self._scenes[entry.scene_id]["scene_camera.json"][str(entry.image_id)]
+        said = (record.get("width", size[0]), record.get("height", size[1]))
+        if said != size:
+            raise BopError(
+                f"{entry.path}: is {size[0]}x{size[1]}, but scene_camera.json has image {entry.image_id} as "
+                f"{said[0]}x{said[1]}; its cam_K would be wrong for it."
+            )
+        labels = self.labels(index, masks, size)
+        for label in labels:
+            if label.mask is not None and label.mask.shape != image.shape[:2]:
+                raise BopError(f"{entry.path}: its mask_visib images are of another size; write them again.")
+        return LabelledView(image=image, camera=self.camera(index, size), objects=labels)
 
     def targets(self) -> tuple[BopTarget, ...]:
         """Return what test_targets_bop19.json asks for, of the images present; BopError when there is no such file."""
@@ -215,12 +232,12 @@ class BopDataset:
             raise BopError(f"{path}: is missing or cannot be decoded, though mask_visib exists; write it again.")
         return np.asarray(mask > 0, dtype=np.bool_)
 
-    def _truncated(self, facts: dict[str, Any], entry: BopImage) -> bool:
+    def _truncated(self, facts: dict[str, Any], entry: BopImage, size: tuple[int, int] | None) -> bool:
         box = facts.get("bbox_obj")
         if box is None:
             return False
         record = self._scenes[entry.scene_id]["scene_camera.json"][str(entry.image_id)]
-        width, height = record.get("width"), record.get("height")
+        width, height = size if size is not None else (record.get("width"), record.get("height"))
         beyond = width is not None and height is not None and (box[0] + box[2] > width or box[1] + box[3] > height)
         return bool(box[0] < 0 or box[1] < 0 or beyond)
 

@@ -7,6 +7,7 @@ import json
 import logging
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -192,6 +193,8 @@ def _start(arguments: Arguments) -> None:
     """Prepare one worker process: one thread each, its own graphics context."""
     global _state
     config, targets, others, seed, out, split = arguments
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer, once
     os.environ.setdefault("LP_NUM_THREADS", "1")  # llvmpipe's own threads would only fight the other workers
     cv2.setNumThreads(1)
     renderer = SceneRenderer(config, [t.load() for t in targets], [d.load() for d in others], seed)
