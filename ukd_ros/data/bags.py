@@ -225,12 +225,14 @@ class BagWriter:
         """Serialise and append a message of the rosbags library's types."""
         self.write(topic, kind, time_ns, bytes(_store(ros1=False).serialize_cdr(message, kind)))
 
-    def write_view(self, view: View, camera_name: str = "/camera", codec: str = "jpeg") -> None:
+    def write_view(
+        self, view: View, camera_name: str = "/camera", codec: str = "jpeg", jpeg_quality: int = JPEG_QUALITY
+    ) -> None:
         """Append a view as a compressed image (``codec`` jpeg or png) and its camera_info, at the view's own stamp."""
         header = _header(view)
         types = _store(ros1=False).types
         extension, settings = {
-            "jpeg": (".jpg", [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]),
+            "jpeg": (".jpg", [cv2.IMWRITE_JPEG_QUALITY, jpeg_quality]),
             "png": (".png", [cv2.IMWRITE_PNG_COMPRESSION, 3]),
         }[codec]
         _, encoded = cv2.imencode(extension, cv2.cvtColor(view.image, cv2.COLOR_RGB2BGR), settings)
@@ -288,7 +290,13 @@ def camera_info(camera: Camera, header: Any) -> Any:
     )
 
 
-def write_bag(path: Path | str, views: Iterable[View], camera_name: str = "/camera", codec: str = "jpeg") -> int:
+def write_bag(
+    path: Path | str,
+    views: Iterable[View],
+    camera_name: str = "/camera",
+    codec: str = "jpeg",
+    jpeg_quality: int = JPEG_QUALITY,
+) -> int:
     """Write ``views`` (stamps ascending; labelled ones with their truth) as the mcap bag ``path``; return how many.
 
     BagError when the bag exists, cannot be written, or the stamps do not ascend.
@@ -301,6 +309,6 @@ def write_bag(path: Path | str, views: Iterable[View], camera_name: str = "/came
             last_ns = view.stamp_ns
             if isinstance(view, LabelledView):
                 bag.write_truth(view)
-            bag.write_view(view, camera_name, codec)
+            bag.write_view(view, camera_name, codec, jpeg_quality)
             count += 1
     return count

@@ -110,8 +110,8 @@ class Summary:
                 f"sharpness       median sigma {sigma_mm:.2f} mm, {sigma_deg:.2f} deg",
             ]
         for name in ("latency", "estimator", "overhead"):
-            if f"{name} p50 (ms)" in self.latency:
-                p50, p95 = self.latency[f"{name} p50 (ms)"], self.latency[f"{name} p95 (ms)"]
+            p50, p95 = (self.latency.get(f"{name} {level} (ms)") for level in ("p50", "p95"))
+            if p50 is not None and p95 is not None:
                 lines.append(f"{name:<15} p50 {p50} ms, p95 {p95} ms")
         return "\n".join(lines)
 
