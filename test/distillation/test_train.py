@@ -154,3 +154,14 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(data: WindowDa
 def test_settings_that_cannot_run_are_refused(field: str, value: object, word: str) -> None:
     with pytest.raises(ValueError, match=word):
         replace(TrainConfig(), **{field: value})
+
+
+def test_a_run_can_start_from_the_weights_of_another(data: WindowDataset, tmp_path: Path) -> None:
+    first = train(replace(TINY, steps=3), data, [CUBE], tmp_path / "first", progress=False)
+    second = replace(TINY, steps=1, initial=str(first.checkpoint), learning_rate=1e-9)
+    result = train(second, data, [CUBE], tmp_path / "second", progress=False)
+    before = load_checkpoint(first.checkpoint).network.state_dict()
+    after = load_checkpoint(result.checkpoint).network.state_dict()
+    torch.testing.assert_close(after["head.offset.weight"], before["head.offset.weight"], atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="initial"):
+        train(replace(second, width_factor=0.5), data, [CUBE], tmp_path / "third", progress=False)

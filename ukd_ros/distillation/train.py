@@ -46,6 +46,7 @@ class TrainConfig:
     """How a network is trained.
 
     `architecture` and `width_factor` choose the network, `keypoints` and `keypoint_kind` (farthest or box) its points.
+    `initial`: checkpoint whose weights the network starts from (empty: random ones); its objects must be the same.
     `steps` of `batch_size` windows each, taken in micro-batches of `micro_batch` (the unit of batch norm; the same for
     any number of processes). `learning_rate` is the peak of a one-cycle schedule with `warmup` as the rising
     fraction; `weight_decay` is AdamW's; `clip_norm` bounds the gradient. `positives`: cells that vote for one
@@ -57,6 +58,7 @@ class TrainConfig:
     width_factor: float = 1.0
     keypoints: int = 12
     keypoint_kind: str = "farthest"
+    initial: str = ""
     steps: int = 6000
     batch_size: int = 32
     micro_batch: int = 16
@@ -139,6 +141,8 @@ def train(
     keypoints = models[0].keypoints_3d.shape[0]
     names = tuple(m.name for m in models)
     network = KeypointNetwork(NetworkConfig(config.architecture, names, keypoints, config.width_factor))
+    if config.initial:
+        _start_from(Path(config.initial), network)
     network = network.to(device).channels_last()
     optimizer = _optimizer(network, config)
     norms = NormStatistics(network)
@@ -355,6 +359,14 @@ def _optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     rest = [p for p in network.parameters() if p.dim() <= 1]
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99))
+
+
+def _start_from(path: Path, network: KeypointNetwork) -> None:
+    """Copy the weights of an earlier run; ValueError when that network has another shape or knows other objects."""
+    earlier = load_checkpoint(path).network
+    if earlier.config != network.config:
+        raise ValueError(f"train.initial: {path} holds {earlier.config}, but this run trains {network.config}")
+    network.load_state_dict(earlier.state_dict())
 
 
 def _restore(
