@@ -381,11 +381,10 @@ def _run_estimator(judge: _Judge, index: int) -> None:
 
 def _run_oracle(judge: _Judge, index: int) -> None:
     """Evaluate the targets of one image in crops placed by the truth; nothing else of it reaches the estimator."""
-    asked = [label for label, wanted in judge.labels(index, judge.data.view(index, masks=False)) if wanted]
-    if not asked:
-        return
     view = judge.data.view(index, masks=False)
-    for label in asked:
+    for label, asked in judge.labels(index, view):
+        if not asked:
+            continue
         model = judge.objects[label.object_name]
         box = keypoint_box(view.camera.project(label.T_camera_object.transform(model.keypoints_3d)))
         start = time.perf_counter()
