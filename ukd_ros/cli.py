@@ -131,9 +131,39 @@ def calibrate(options: argparse.Namespace) -> int:
         return _show(config)
     _needs(options, "model", "dataset")
     report = calibrate_model(
-        options.model, options.dataset, options.limit, options.out, options.backend, not options.quiet, options=config
+        options.model,
+        options.dataset,
+        options.limit,
+        options.out,
+        options.backend or "auto",
+        not options.quiet,
+        options=config,
     )
     print(report.table())
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Score a model on labelled images."""
+    from ukd_ros.distillation.evaluate import EvaluationOptions, evaluate_model
+
+    given = {name: getattr(options, name) for name in ("backend", "crops", "limit", "split", "ids")}
+    words = [f"{name}={value}" for name, value in given.items() if value not in (None, "")]
+    config = load_config(EvaluationOptions, options.config, [*options.set, *words])
+    if options.settings:
+        return _show(config)
+    _needs(options, "model", "dataset")
+    report = evaluate_model(
+        options.model,
+        options.dataset,
+        config,
+        out=options.out,
+        progress=not options.quiet,
+        names=dict(options.name),
+    )
+    print(report.table())
+    if options.out is not None:
+        print(f"report.txt, report.json and pictures in {options.out}")
     return 0
 
 
@@ -154,7 +184,7 @@ def infer(options: argparse.Namespace) -> int:
         raise UsageError("two images have the same name, and the answers are named after them: infer them separately")
     camera = _camera(options)
     bundle = load_bundle(find_model(options.model))
-    estimator = PoseEstimator(bundle, options.backend, config)
+    estimator = PoseEstimator(bundle, options.backend or "auto", config)
     models = {model.name: model for model in bundle.objects}
     for image in options.image:
         result = infer_photograph(estimator, models, read_view(image, camera), options.out, image.stem)
@@ -208,6 +238,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_export(commands)
     _add_calibrate(commands)
+    _add_evaluate(commands)
     _add_infer(commands)
     commands.add_parser("demo", help="play a bag into the real node and measure its answers", add_help=False)
     commands.add_parser("bench", help="run a benchmark (from a checkout)", add_help=False)
@@ -243,7 +274,7 @@ def _add_render(commands: Any) -> None:
     add("--seed", type=int, default=0, help="images depend on settings, seed and their number only (default 0)")
     add("--split", default="train", help="name of the split (default train)")
     add("--workers", type=int, default=0, help="processes (default: one per core)")
-    add("--preview", nargs="?", type=Path, const="", metavar="PNG", help="also write a contact sheet")
+    add("--preview", nargs="?", const="", metavar="PNG", help="also write a contact sheet")
 
 
 def _add_train(commands: Any) -> None:
@@ -276,6 +307,26 @@ def _add_calibrate(commands: Any) -> None:
     add("--out", type=Path, metavar="DIR", help="write calibration.json and reliability.png here")
 
 
+def _add_evaluate(commands: Any) -> None:
+    parser = _command(commands, "evaluate", evaluate, "score a model on labelled images, with its covariance")
+    add = parser.add_argument
+    _add_model(parser)
+    add("--dataset", type=Path, metavar="DIR", help="BOP-format folder")
+    add("--split", help="split folder (default: the only one)")
+    add(
+        "--name",
+        action="append",
+        default=[],
+        type=_object_name,
+        metavar="ID=NAME",
+        help="the data set's object ID is the model's NAME",
+    )
+    add("--ids", metavar="[FIRST,LAST]", help="only images with FIRST <= id < LAST")
+    add("--limit", type=_positive, metavar="N", help="at most so many images, evenly spread")
+    add("--crops", choices=("estimator", "oracle"), help="crops as on the robot (default), or from the truth")
+    add("--out", type=Path, metavar="DIR", help="write report.txt, report.json and pictures here")
+
+
 def _add_infer(commands: Any) -> None:
     parser = _command(commands, "infer", infer, "estimate the poses in photographs")
     add = parser.add_argument
@@ -291,7 +342,7 @@ def _add_infer(commands: Any) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME", help="an installed model, or its folder")
     kinds = ("auto", "onnxruntime", "opencv", "torch")
-    parser.add_argument("--backend", choices=kinds, default="auto", help="runtime (default auto: the first present)")
+    parser.add_argument("--backend", choices=kinds, help="runtime (default auto: the first present)")
 
 
 def _camera(options: argparse.Namespace) -> Camera:
@@ -343,6 +394,13 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
+
+
+def _object_name(text: str) -> tuple[int, str]:
+    number, equals, name = text.partition("=")
+    if not equals or not number.isdecimal() or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form ID=NAME, such as 8=driller")
+    return int(number), name
 
 
 def _duration(text: str) -> float:
