@@ -37,7 +37,10 @@ WIDE_TABLE_M = 6.0
 MIN_VISIBLE = 0.6
 """A scene in which clutter hides more of the object, somewhere on the way, is passed over."""
 
-MAX_SCENES = 200
+TABLE_CONTRAST = (4.0, 26.0)
+"""Standard deviation of the table's texture (grey levels): a desk, neither bare nor camouflage."""
+
+MAX_SCENES = 400
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,10 @@ def _fitting_scene(renderer: SceneRenderer, options: SampleOptions, camera: Came
     for index in range(MAX_SCENES):
         scene, _ = renderer.scene(index)
         table = scene.table
-        if table is None or table.scale[0] < WIDE_TABLE_M or len(scene.bodies) < 6:
+        if table is None or table.texture is None or table.scale[0] < WIDE_TABLE_M or len(scene.bodies) < 8:
+            continue
+        contrast = float(renderer.textures[table.texture].mean(axis=2).std())
+        if not TABLE_CONTRAST[0] <= contrast <= TABLE_CONTRAST[1]:
             continue
         first = scene.bodies[0].pose
         way = [camera_pose(options, camera, first, phase) for phase in np.linspace(0.0, 1.0, 16, endpoint=False)]

@@ -53,7 +53,7 @@ def _ticks(low: float, high: float) -> list[float]:
             step *= factor
             break
     first = np.ceil(low / step - 1e-9)
-    return [float(i * step) for i in np.arange(first, np.floor(high / step + 1e-9) + 1)]
+    return [float(i * step) + 0.0 for i in np.arange(first, np.floor(high / step + 1e-9) + 1)]  # + 0.0: no -0
 
 
 def _frame(title: str, x_label: str, axes: Axes) -> Image:
