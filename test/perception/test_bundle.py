@@ -243,7 +243,7 @@ def test_a_model_that_would_not_load_never_appears(folder: Path, tmp_path: Path)
 
 def test_a_new_calibration_changes_the_manifest_only(folder: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != "model.yaml"}
-    fitted = Calibration(2.5, 0.5, np.arange(4.0), views=7, instances=9)
+    fitted = Calibration(2.5, 0.5, np.array([0.0, 1.0, 2.0, 3.0]), views=7, instances=9)
     bundle = update_calibration(folder, fitted, {"calibration": {"coverage": np.float64(0.95)}})
     assert bundle.calibration.block_factor == 2.5
     assert bundle.calibration.modes.tolist() == [0, 1, 2, 3]

@@ -198,7 +198,8 @@ def with_exif_rotation(jpeg: bytes) -> bytes:
 
 def test_exif_rotation_is_ignored_because_the_camera_matrix_is_the_sensors() -> None:
     turned = with_exif_rotation(encoded(".jpg"))
-    assert cv2.imdecode(np.frombuffer(turned, np.uint8), cv2.IMREAD_COLOR).shape[:2] == (24, 16)
+    shown = cv2.imdecode(np.frombuffer(turned, np.uint8), cv2.IMREAD_COLOR)
+    assert shown is not None and shown.shape[:2] == (24, 16)
     assert image_from_message(compressed(turned)).shape == (16, 24, 3)
 
 
