@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,13 +26,14 @@ from ukd_ros.distillation.calibrate import (  # noqa: E402
     match,
     write_report,
 )
+from ukd_ros.distillation.error_model import ErrorSamples  # noqa: E402
 from ukd_ros.geometry.keypoints import Keypoints  # noqa: E402
 from ukd_ros.geometry.object_model import ObjectModel, Symmetries  # noqa: E402
 from ukd_ros.geometry.pose import Pose, exp_so3  # noqa: E402
 from ukd_ros.geometry.view import LabelledView, ObjectLabel  # noqa: E402
 from ukd_ros.perception.estimator import EstimatorOptions, PoseEstimator  # noqa: E402
 from ukd_ros.perception.manifest import GraphSpec  # noqa: E402
-from ukd_ros.perception.votes import Calibration, VoteInstance, keypoint_box  # noqa: E402
+from ukd_ros.perception.votes import Calibration, VoteInstance, keypoint_box, unshrunk  # noqa: E402
 
 MODES = np.array([1.0, 1.0, 0.8, 0.5])
 
@@ -155,17 +157,59 @@ def test_bad_options_are_named(change: dict[str, object], name: str) -> None:
         CalibrationOptions(**change)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class Painted:
+    """What the public entry reads of a bundle itself."""
+
+    name: str
+    calibration: Calibration
+
+
+def test_the_shrinkage_of_a_doubtful_network_is_found(rng: np.random.Generator) -> None:
+    """A shape seen as the mean of copies turned by +-a is cos(a) of its size, with variance r^2 sin^2(a).
+
+    Small a: the wanted factor is 1 + a^2 / 2 and the share tan^2(a), so the shrinkage is one half.
+    """
+    n, count = 400, 9
+    true = rng.normal(0.0, 40.0, (n, count, 2)) + rng.uniform(100, 400, (n, 1, 2))
+    angle = rng.uniform(0.05, 0.3, n)[:, None, None]
+    centred = true - true.mean(axis=1, keepdims=True)
+    found = true.mean(axis=1, keepdims=True) + np.cos(angle) * centred * rng.normal(1.0, 0.004, (n, 1, 1))
+    turned = centred[..., ::-1] * [-1.0, 1.0]
+    blocks = (np.sin(angle) ** 2)[..., None] * turned[..., :, None] * turned[..., None, :] + 1e-3 * np.eye(2)
+    samples = ErrorSamples(
+        error=(found - true).reshape(n, -1),
+        mean_blocks=blocks,
+        effective_votes=np.ones((n, count)),
+        xy=found,
+        jacobian=np.zeros((n, 2 * count, 6)),
+        view=np.arange(n),
+    )
+    shrinkage = module.fit_shrinkage(samples)
+    assert shrinkage == pytest.approx(0.5, abs=0.08)
+    repaired = np.array([unshrunk(xy, block, shrinkage) for xy, block in zip(found, blocks, strict=True)])
+    size = np.linalg.norm(repaired - repaired.mean(1, keepdims=True), axis=(1, 2)) / np.linalg.norm(
+        centred, axis=(1, 2)
+    )
+    assert np.median(size) == pytest.approx(1.0, abs=0.002)
+    np.testing.assert_allclose(repaired.mean(axis=1), found.mean(axis=1), atol=1e-9)
+
+
 def test_the_result_is_stored_in_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The public entry opens model and data, stores exactly what it reports, and says where it comes from."""
     world = World(votes=(3, 16))
     stored: dict[str, object] = {}
 
+    def opened(bundle: Painted) -> PoseEstimator:
+        assert bundle.calibration.shrinkage == 0.0, "keypoints are judged before any correction"
+        return estimator_of(world)
+
     def store(path: Path, calibration: Calibration, provenance: dict[str, object]) -> None:
         stored.update(path=path, calibration=calibration, provenance=provenance)
 
     monkeypatch.setattr(module, "find_model", lambda name: Path(name))
-    monkeypatch.setattr(module, "load_bundle", lambda root: SimpleNamespace(name="painted"))
-    monkeypatch.setattr(module, "PoseEstimator", lambda bundle, backend, options: estimator_of(world))
+    monkeypatch.setattr(module, "load_bundle", lambda root: Painted("painted", Calibration(shrinkage=3.0)))
+    monkeypatch.setattr(module, "PoseEstimator", lambda bundle, backend, options: opened(bundle))
     monkeypatch.setattr(module, "BopDataset", lambda root: PaintedViews(world, 60))
     monkeypatch.setattr(module, "update_calibration", store)
     options = CalibrationOptions(folds=2, crops="oracle")

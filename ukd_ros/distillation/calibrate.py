@@ -45,7 +45,14 @@ from ukd_ros.geometry.view import LabelledView
 from ukd_ros.perception.bundle import find_model, load_bundle, update_calibration
 from ukd_ros.perception.estimator import EstimatorOptions, PoseEstimator
 from ukd_ros.perception.pnp import projection_jacobian
-from ukd_ros.perception.votes import Calibration, VoteInstance, joint_covariance, keypoint_box
+from ukd_ros.perception.votes import (
+    Calibration,
+    VoteInstance,
+    joint_covariance,
+    keypoint_box,
+    shrink_share,
+    unshrunk,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -208,6 +215,8 @@ def calibrate_model(
     options = options or CalibrationOptions()
     root = find_model(model_dir)
     bundle = load_bundle(root)
+    # Keypoints as the votes give them: an earlier calibration must not correct them before they are judged.
+    bundle = replace(bundle, calibration=replace(bundle.calibration, shrinkage=0.0))
     estimator = PoseEstimator(bundle, backend, estimator_options)
     views = BopDataset(dataset_dir)
     report = calibrate(estimator, views, options, limit, progress)
@@ -232,6 +241,8 @@ def calibrate(
     """
     options = options or CalibrationOptions()
     found = collect(estimator, views, options, limit, progress)
+    shrinkage = fit_shrinkage(error_samples(found.matches, estimator.objects))
+    found = replace(found, matches=tuple(_spread(item, shrinkage) for item in found.matches))
     samples = error_samples(found.matches, estimator.objects)
     joint = _judge(estimator, found.matches, cross_fit(samples, options.folds, with_modes=True))
     blocks = _judge(estimator, found.matches, cross_fit(samples, options.folds, with_modes=False))
@@ -239,7 +250,8 @@ def calibrate(
     raw = Judged(plain, *check_poses(estimator, found.matches, plain)[:2], way="")
     variants = {"joint": joint, "block_diagonal": blocks, "uncalibrated": raw}
     stamped = [
-        replace(judged.fit.calibration, views=found.views, instances=len(found.matches)) for judged in (joint, blocks)
+        replace(judged.fit.calibration, views=found.views, instances=len(found.matches), shrinkage=shrinkage)
+        for judged in (joint, blocks)
     ]
     return CalibrationReport(
         model="",
@@ -346,6 +358,32 @@ def error_samples(matches: Sequence[Match], objects: Sequence[ObjectModel]) -> E
         jacobian=np.array(jacobians),
         view=np.array([item.view for item in matches]),
     )
+
+
+def fit_shrinkage(samples: ErrorSamples) -> float:
+    """Return the shrinkage of `Calibration` at which the median instance is neither too large nor too small.
+
+    An instance's size is the slope of its keypoints on the true ones, both about their centres. The wanted factor
+    less one is proportional to `shrink_share`; the constant is its weighted median, so that gross errors do not count.
+    """
+    true = samples.xy - samples.error.reshape(samples.xy.shape)
+    found = samples.xy - samples.xy.mean(axis=1, keepdims=True)
+    true = true - true.mean(axis=1, keepdims=True)
+    size = (found * true).sum(axis=(1, 2)) / np.maximum((true**2).sum(axis=(1, 2)), 1e-9)
+    share = shrink_share(samples.xy, samples.mean_blocks)
+    wanted = (1.0 / np.clip(size, 0.5, 2.0) - 1.0) / share
+    order = np.argsort(wanted)
+    weight = np.cumsum(np.sqrt(share[order]))
+    middle = int(np.searchsorted(weight, 0.5 * weight[-1]))
+    return float(np.clip(wanted[order[middle]], 0.0, 10.0))
+
+
+def _spread(item: Match, shrinkage: float) -> Match:
+    """Return the match with its keypoints as the estimator will give them once the shrinkage is stored."""
+    instance = item.instance
+    xy = unshrunk(instance.keypoints.xy, instance.mean_blocks, shrinkage)
+    keypoints = Keypoints(xy, instance.keypoints.cov, instance.keypoints.score)
+    return replace(item, instance=replace(instance, keypoints=keypoints, box=keypoint_box(xy)))
 
 
 @dataclass(frozen=True, eq=False)
