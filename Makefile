@@ -1,5 +1,5 @@
-# make demo   the whole pipeline on a real ROS 2 graph; needs no ROS installation and no torch (.venv-demo, < 400 MB)
-# make test   linters, type checker and every test (.venv, with torch)
+# make demo   plays a bag into the real pose node; needs no ROS installation and no torch (.venv-demo, < 400 MB)
+# make test   linters, type checker and every test (.venv, with torch; two small ones with OpenCV 4.5 and 4.6)
 # make lint, make test-opencv, make bench, make clean
 #
 # PYTHON=python3.11          the interpreter the environments are made from (3.10 to 3.12)
@@ -21,7 +21,7 @@ help:
 demo: env-demo
 	.venv-demo/bin/python -m ukd_ros demo $(DEMO_ARGS)
 
-test: env-test lint test-opencv
+test: env-test env-opencv lint
 	.venv/bin/python -m pytest $(TEST_ARGS)
 
 lint: env-test

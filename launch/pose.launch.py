@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from launch import LaunchContext, LaunchDescription
 from launch.actions import DeclareLaunchArgument, LogInfo, OpaqueFunction, SetEnvironmentVariable
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import LifecycleNode, Node
 
-from launch import LaunchContext, LaunchDescription
 from ukd_ros.ros.fastdds import profile_environment, share_file
 
 NODE_NAME = "pose_node"

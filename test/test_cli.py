@@ -50,7 +50,27 @@ def test_the_shipped_settings_are_settings(repo_root: Path, capsys: pytest.Captu
     [
         (["render", "--count", "1"], "--mesh and --out must be given"),
         (["render", "--mesh", "a.stl", "--out", "o", "--count", "1"], "unit"),
-        (["render", "--mesh", "a", "--mesh", "b", "--mesh", "c", "--unit", "mm", "--unit", "m", "--out", "o"], "--count"),
+        (["render", "--mesh", "a", "--unit", "mm", "--out", "o"], "--count must be given"),
+        (
+            [
+                "render",
+                "--mesh",
+                "a",
+                "--mesh",
+                "b",
+                "--mesh",
+                "c",
+                "--unit",
+                "mm",
+                "--unit",
+                "m",
+                "--out",
+                "o",
+                "--count",
+                "1",
+            ],
+            "--unit is given 2 times for 3 meshes",
+        ),
         (
             ["render", "--mesh", "a", "--mesh", "b", "--name", "x", "--out", "o", "--count", "1"],
             "--name is given 1 times for 2 meshes",

@@ -347,23 +347,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _camera(options: argparse.Namespace) -> Camera:
     """Return the camera of `ukd infer`, from the file or from the four numbers."""
-    import cv2
-    import numpy as np
-
-    from ukd_ros.geometry.camera import Camera
-    from ukd_ros.perception.photograph import read_camera
+    from ukd_ros.perception.photograph import pinhole_camera, read_camera
 
     if options.camera is not None:
         return read_camera(options.camera, options.rectified)
     if options.fx is None:
         raise UsageError("the camera is missing: --camera FILE, or --fx with --fy, --cx and --cy (px)")
-    image = cv2.imread(str(options.image[0]), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    if image is None:
-        raise UsageError(f"{options.image[0]}: is not an image that OpenCV can decode")
-    height, width = image.shape[:2]
-    cx = (width - 1) / 2 if options.cx is None else options.cx
-    cy = (height - 1) / 2 if options.cy is None else options.cy
-    return Camera(width, height, np.array([[options.fx, 0, cx], [0, options.fy or options.fx, cy], [0, 0, 1]]))
+    return pinhole_camera(options.image[0], options.fx, options.fy, options.cx, options.cy)
 
 
 def _one_each(option: str, given: Sequence[Any], count: int, share: bool = True) -> list[Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 
 from ukd_ros.config import read_mapping
 from ukd_ros.geometry.camera import Camera
@@ -58,8 +59,29 @@ def read_camera(path: str | Path, rectified: bool = False) -> Camera:
         raise CameraInfoError(f"{path}: {error}") from error
 
 
+def pinhole_camera(
+    path: str | Path, fx: float, fy: float | None = None, cx: float | None = None, cy: float | None = None
+) -> Camera:
+    """Return a camera without distortion for the image file `path`: fy as fx, and its middle, where not given (px)."""
+    height, width = _read_image(path).shape[:2]
+    fy = fx if fy is None else fy
+    cx, cy = (width - 1) / 2 if cx is None else cx, (height - 1) / 2 if cy is None else cy
+    return Camera(width, height, np.array([[fx, 0.0, cx], [0.0, fy, cy], [0.0, 0.0, 1.0]]))
+
+
 def read_view(path: str | Path, camera: Camera) -> View:
     """Read an image file taken with `camera`; ImageError when it cannot be read or has another size."""
+    image = _read_image(path)
+    height, width = image.shape[:2]
+    if (width, height) != (camera.width, camera.height):
+        raise ImageError(
+            f"{path}: is {width}x{height} px, but the camera is {camera.width}x{camera.height}. Give the calibration "
+            "of this image's own resolution."
+        )
+    return View(image, camera)
+
+
+def _read_image(path: str | Path) -> npt.NDArray[np.uint8]:
     try:
         data = np.frombuffer(Path(path).read_bytes(), dtype=np.uint8)
     except OSError as error:
@@ -69,13 +91,7 @@ def read_view(path: str | Path, camera: Camera) -> View:
     image = cv2.imdecode(data, flags) if data.size else None
     if image is None:
         raise ImageError(f"{path}: is not an image that OpenCV can decode.")
-    height, width = image.shape[:2]
-    if (width, height) != (camera.width, camera.height):
-        raise ImageError(
-            f"{path}: is {width}x{height} px, but the camera is {camera.width}x{camera.height}. Give the calibration "
-            "of this image's own resolution."
-        )
-    return View(np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), dtype=np.uint8), camera)
+    return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB), dtype=np.uint8)
 
 
 def result_data(result: FrameResult) -> dict[str, Any]:
