@@ -152,6 +152,9 @@ def train(
             f"{path}: there is a training run already; continue it with --resume or choose another folder"
         )
     step = _restore(path, network, optimizer, norms, config) if path.exists() else 0
+    if step >= config.steps:
+        logger.info("%s: all %d steps are done already", path, step)
+        return TrainResult(step, True, path)
     out.mkdir(parents=True, exist_ok=True)
     shape = BatchShape(config.batch_size, config.micro_batch, config.positives)
     batches = Batches(data, shape, len(models), keypoints, step, processes)
