@@ -131,7 +131,7 @@ NAN = float("nan")
         (put("objects", 0, "keypoints_m", 3, 1, NAN), "objects[0].keypoints_m[3][1]", "number"),
         (put("objects", 0, "keypoints_m", 3, [0.0, 0.0]), "objects[0].keypoints_m[3]", "3 to 3 entries"),
         (put("objects", 0, "keypoints_m", [[0.0] * 3] * 7), "objects[0].keypoints_m", "8 to 8 entries, not 7"),
-        (put("objects", 0, "keypoints_m", [[5.0 * i] * 3 for i in range(8)]), "objects[0].keypoints_m", "unit is wrong"),
+        (put("objects", 0, "keypoints_m", [[5.0 * i] * 3 for i in range(8)]), "objects[0].keypoints_m", "unit is"),
         (put("objects", 0, "diameter_m", 0.05), "objects[0].keypoints_m", "unit is wrong"),
         (put("objects", 0, "diameter_m", -0.1), "objects[0].diameter_m", "from"),
         (put("objects", 0, "diameter_m", "1e-1"), "objects[0].diameter_m", "1.0e-5, not 1e-5"),
