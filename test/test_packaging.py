@@ -13,7 +13,7 @@ import sys
 import xml.etree.ElementTree as ElementTree
 import zipfile
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -123,7 +123,7 @@ def test_the_tool_names_every_lack_with_its_cure(tools: ModuleType, monkeypatch:
     monkeypatch.delenv("ROS_DISTRO")
     monkeypatch.setattr(tools.platform, "machine", lambda: "aarch64")
     assert "aarch64" in tools.ros_problems(demo)[0] and "install ROS 2" in tools.ros_problems(demo)[0]
-    monkeypatch.setattr(tools.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 5_000_000))  # type: ignore[attr-defined]
+    monkeypatch.setattr(tools.shutil, "disk_usage", lambda path: SimpleNamespace(free=5_000_000))
     assert "5 MB are free" in tools.disk_problems(demo)[0]
 
     def no_library(name: str) -> None:

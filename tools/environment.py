@@ -50,7 +50,9 @@ class Environment(NamedTuple):
 def opencv_environment(version: str) -> Environment:
     """Describe the environment of an old OpenCV; its numpy 1.26 has no wheel for a Python newer than 3.12."""
     wanted = ("numpy", "opencv-python-headless", "PyYAML")
-    return Environment(".venv-opencv-" + version, (), wanted, ("opencv-%s.txt" % version,), (3, 12), 500)
+    return Environment(
+        ".venv-opencv-" + version, (), wanted, ("opencv-%s.txt" % version,), (3, 12), 500, download_mb=70
+    )
 
 
 ENVIRONMENTS: Dict[str, Environment] = {
