@@ -53,6 +53,17 @@ def ratio(times: Mapping[str, list[float]], name: str, other: str) -> float:
     return float(np.median(np.asarray(times[name]) / np.asarray(times[other])))
 
 
+def busy() -> str:
+    """Return a warning when other programs compete for the cores, else "".
+
+    Threads of one run then wait for each other across time slices: torch takes twentyfold, and ratios mean nothing.
+    """
+    load = os.getloadavg()[0]
+    if load <= 0.5:
+        return ""
+    return f"the machine is busy (load {load:.1f}): these numbers do not count, measure on an idle one"
+
+
 def machine() -> dict[str, Any]:
     """Return what the numbers depend on."""
     model = platform.processor()
@@ -65,6 +76,7 @@ def machine() -> dict[str, Any]:
         "cpu": model,
         "cores_used": len(os.sched_getaffinity(0)),
         "load_before": os.getloadavg()[0],
+        "warning": busy(),
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -80,10 +92,10 @@ def write(name: str, data: Mapping[str, Any]) -> Path:
     return path
 
 
-def table(rows: list[tuple[str, str, str]]) -> str:
-    """Return rows of (what, measured, aim) as text."""
+def table(rows: list[tuple[str, str, str]], about: Mapping[str, Any]) -> str:
+    """Return rows of (what, measured, aim) as text, below the warning of `machine()` when it has one."""
     rows = [("what", "measured", "aim"), *rows]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    lines = [about["warning"]] if about["warning"] else []
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)

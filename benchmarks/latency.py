@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         data["node"] = measure(options.model, bag, options.backend, frames=300)
         rows += rows_of(data["node"])
-    sys.stdout.write(table(rows) + f"\nwritten: {write('latency', data)}\n")
+    sys.stdout.write(table(rows, data["machine"]) + f"\nwritten: {write('latency', data)}\n")
     return 0
 
 

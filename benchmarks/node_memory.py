@@ -205,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     use_two_cores()
     data = {"machine": machine(), "node": measure(options.model, options.bag, options.backend, options.frames)}
-    sys.stdout.write(table(rows_of(data["node"])) + f"\nwritten: {write('node_memory', data)}\n")
+    sys.stdout.write(table(rows_of(data["node"]), data["machine"]) + f"\nwritten: {write('node_memory', data)}\n")
     return 0
 
 

@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         (f"images/s at {config.width}x{config.height}, {CORES} processes", f"{rate:.1f}", ">= 10"),
         (f"  with the start, {long} images", f"{long / spent[long]:.1f}", ""),
     ]
-    sys.stdout.write(table(rows) + f"\nwritten: {write('renderer', data)}\n")
+    sys.stdout.write(table(rows, about) + f"\nwritten: {write('renderer', data)}\n")
     return 0
 
 
