@@ -121,7 +121,7 @@ def measure(model: str, bag: Path, backend: str, frames: int) -> dict[str, Any]:
     environment, _ = local_environment(free_domain())
     os.environ.update(environment)
     frames_of_bag = messages(bag)
-    words = ["--ros-args", "-p", f"model:={find_model(model)}", "-p", f"backend:={backend}", "-p", "rectified:=false"]
+    words = ["--ros-args", "-p", f"model:={find_model(model)}", "-p", f"backend:={backend}", "-p", "rectified:='false'"]
     with tempfile.TemporaryDirectory() as folder, Children(environment) as children:
         log = Path(folder) / "node.log"
         started = time.monotonic()
