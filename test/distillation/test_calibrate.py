@@ -33,7 +33,7 @@ from ukd_ros.geometry.pose import Pose, exp_so3  # noqa: E402
 from ukd_ros.geometry.view import LabelledView, ObjectLabel  # noqa: E402
 from ukd_ros.perception.estimator import EstimatorOptions, PoseEstimator  # noqa: E402
 from ukd_ros.perception.manifest import GraphSpec  # noqa: E402
-from ukd_ros.perception.votes import Calibration, VoteInstance, keypoint_box, unshrunk  # noqa: E402
+from ukd_ros.perception.votes import Calibration, VoteInstance, keypoint_box, shrink_share, unshrunk, widened  # noqa: E402
 
 MODES = np.array([1.0, 1.0, 0.8, 0.5])
 
@@ -193,6 +193,27 @@ def test_the_shrinkage_of_a_doubtful_network_is_found(rng: np.random.Generator) 
     )
     assert np.median(size) == pytest.approx(1.0, abs=0.002)
     np.testing.assert_allclose(repaired.mean(axis=1), found.mean(axis=1), atol=1e-9)
+
+
+def test_doubt_that_grows_faster_than_predicted_is_found(rng: np.random.Generator) -> None:
+    """Errors drawn with (share / reference)^0.8 times the predicted variance: the exponent comes back."""
+    n, count = 600, 9
+    xy = rng.normal(0.0, 40.0, (n, count, 2)) + 300.0
+    blocks = (
+        np.exp(rng.uniform(np.log(2.0), np.log(40.0), n))[:, None, None, None] * np.eye(2) * np.ones((1, count, 1, 1))
+    )
+    share = shrink_share(xy, blocks)
+    factor = (share / np.exp(np.log(share).mean())) ** 0.8
+    error = rng.normal(0.0, 1.0, (n, 2 * count)) * np.sqrt(blocks[:, 0, 0, 0] * factor)[:, None]
+    jacobian = rng.normal(0.0, 300.0, (n, 2 * count, 6))
+    samples = ErrorSamples(error, blocks, np.ones((n, count)), xy, jacobian, np.arange(n))
+    exponent, reference = module.fit_doubt(samples, share)
+    assert exponent == pytest.approx(0.8, abs=0.1)
+    assert reference == pytest.approx(float(np.exp(np.log(share).mean())))
+    calibration = Calibration(doubt_exponent=exponent, doubt_reference=reference)
+    repaired = widened(blocks, share, calibration)
+    ratio = (error**2).mean(axis=1) / repaired[:, 0, 0, 0]
+    assert abs(np.corrcoef(np.log(ratio), np.log(share))[0, 1]) < 0.12
 
 
 def test_the_result_is_stored_in_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from ukd_ros.distillation.error_model import (
     CrossFit,
     ErrorSamples,
     HeldOut,
+    SharedErrors,
     capped_nll,
     choose,
     cover,
@@ -52,6 +53,7 @@ from ukd_ros.perception.votes import (
     keypoint_box,
     shrink_share,
     unshrunk,
+    widened,
 )
 
 logger = logging.getLogger(__name__)
@@ -216,7 +218,7 @@ def calibrate_model(
     root = find_model(model_dir)
     bundle = load_bundle(root)
     # Keypoints as the votes give them: an earlier calibration must not correct them before they are judged.
-    bundle = replace(bundle, calibration=replace(bundle.calibration, shrinkage=0.0))
+    bundle = replace(bundle, calibration=Calibration())
     estimator = PoseEstimator(bundle, backend, estimator_options)
     views = BopDataset(dataset_dir)
     report = calibrate(estimator, views, options, limit, progress)
@@ -242,7 +244,10 @@ def calibrate(
     options = options or CalibrationOptions()
     found = collect(estimator, views, options, limit, progress)
     shrinkage = fit_shrinkage(error_samples(found.matches, estimator.objects))
-    found = replace(found, matches=tuple(_spread(item, shrinkage) for item in found.matches))
+    spread = tuple(_spread(item, shrinkage) for item in found.matches)
+    exponent, reference = fit_doubt(error_samples(spread, estimator.objects), _shares(found.matches))
+    correction = Calibration(shrinkage=shrinkage, doubt_exponent=exponent, doubt_reference=reference)
+    found = replace(found, matches=tuple(_corrected(item, correction) for item in found.matches))
     samples = error_samples(found.matches, estimator.objects)
     joint = _judge(estimator, found.matches, cross_fit(samples, options.folds, with_modes=True))
     blocks = _judge(estimator, found.matches, cross_fit(samples, options.folds, with_modes=False))
@@ -250,7 +255,14 @@ def calibrate(
     raw = Judged(plain, *check_poses(estimator, found.matches, plain)[:2], way="")
     variants = {"joint": joint, "block_diagonal": blocks, "uncalibrated": raw}
     stamped = [
-        replace(judged.fit.calibration, views=found.views, instances=len(found.matches), shrinkage=shrinkage)
+        replace(
+            judged.fit.calibration,
+            views=found.views,
+            instances=len(found.matches),
+            shrinkage=shrinkage,
+            doubt_exponent=exponent,
+            doubt_reference=reference,
+        )
         for judged in (joint, blocks)
     ]
     return CalibrationReport(
@@ -376,6 +388,41 @@ def fit_shrinkage(samples: ErrorSamples) -> float:
     weight = np.cumsum(np.sqrt(share[order]))
     middle = int(np.searchsorted(weight, 0.5 * weight[-1]))
     return float(np.clip(wanted[order[middle]], 0.0, 10.0))
+
+
+def fit_doubt(samples: ErrorSamples, share: FloatArray) -> tuple[float, float]:
+    """Return doubt_exponent and doubt_reference of `Calibration`; share [n]: of each instance, before any correction.
+
+    Squared pose errors in units of their predicted covariance are chi-square distributed up to a factor. Where that
+    factor grows with the share, the slope of its logarithm is the exponent. Linearised poses; a straight line by
+    iterated least squares in which the logarithm of a squared error counts less the further it lies from the line.
+    """
+    reference = float(np.exp(np.mean(np.log(share))))
+    delta, cov = SharedErrors(samples).pose_errors(Calibration())
+    y, x = np.log(np.maximum(nees(delta, cov), 1e-6)), np.log(share / reference)
+    if float(np.var(x)) < 1e-6:
+        return 0.0, reference
+    weight = np.ones_like(x)
+    slope = 0.0
+    for _ in range(10):
+        slope, offset = np.polyfit(x, y, 1, w=np.sqrt(weight))
+        residual = y - slope * x - offset
+        weight = 1.0 / (1.0 + (residual / (2.0 * np.median(np.abs(residual)))) ** 2)
+    return float(np.clip(slope, -2.0, 4.0)), reference
+
+
+def _shares(matches: Sequence[Match]) -> FloatArray:
+    """Return the share [n] of each match; see `shrink_share`."""
+    xy = np.array([item.instance.keypoints.xy for item in matches])
+    return shrink_share(xy, np.array([item.instance.mean_blocks for item in matches]))
+
+
+def _corrected(item: Match, calibration: Calibration) -> Match:
+    """Return the match as the estimator will find it once the shrinkage and the doubt of a calibration are stored."""
+    share = shrink_share(item.instance.keypoints.xy, item.instance.mean_blocks)
+    item = _spread(item, calibration.shrinkage)
+    blocks = widened(item.instance.mean_blocks, share, calibration)
+    return replace(item, instance=replace(item.instance, mean_blocks=blocks))
 
 
 def _spread(item: Match, shrinkage: float) -> Match:

@@ -40,6 +40,8 @@ class Calibration:
     views, instances: how many images and object instances it was fitted on (0: it is a default, not a fit).
     outlier_fraction: share of those instances that the fit set aside as gross errors.
     shrinkage: >= 0, how far fused keypoints are drawn to their centre by doubt; see `unshrunk` (0: not at all).
+    doubt_exponent: how much faster than the predicted variance the true one grows; see `widened` (0: just as fast).
+    doubt_reference: > 0, the share (see `shrink_share`) at which `widened` changes nothing.
     ValueError names the field that is out of range.
     """
 
@@ -50,6 +52,8 @@ class Calibration:
     instances: int = 0
     outlier_fraction: float = 0.0
     shrinkage: float = 0.0
+    doubt_exponent: float = 0.0
+    doubt_reference: float = 1.0
 
     def __post_init__(self) -> None:
         """Check and freeze the fields."""
@@ -66,6 +70,11 @@ class Calibration:
             raise ValueError(f"outlier_fraction: is {self.outlier_fraction}, but 0..1 is needed.")
         if not 0.0 <= self.shrinkage <= 10.0:
             raise ValueError(f"shrinkage: is {self.shrinkage}, but 0..10 is needed.")
+        if not (-2.0 <= self.doubt_exponent <= 4.0 and 0.0 < self.doubt_reference < np.inf):
+            values = f"{self.doubt_exponent} and {self.doubt_reference}"
+            raise ValueError(
+                f"doubt_exponent, doubt_reference: are {values}, but -2..4 and a positive number are needed."
+            )
         object.__setattr__(self, "modes", modes)
 
 
@@ -206,6 +215,18 @@ def unshrunk(xy: FloatArray, mean_blocks: FloatArray, shrinkage: float) -> Float
     return np.asarray(centre + factor * (xy - centre))
 
 
+def widened(mean_blocks: FloatArray, share: FloatArray, calibration: Calibration) -> FloatArray:
+    """Return blocks [..., K, 2, 2] px^2 times (share / reference) ^ exponent, a factor that is kept within 1/16 to 16.
+
+    A network's predicted variances differ less between clear and doubtful views than its errors do. share [...]: of
+    the instance, from `shrink_share`.
+    """
+    if calibration.doubt_exponent == 0.0:
+        return mean_blocks
+    factor = np.clip((share / calibration.doubt_reference) ** calibration.doubt_exponent, 1.0 / 16.0, 16.0)
+    return np.asarray(mean_blocks * np.asarray(factor)[..., None, None, None])
+
+
 def joint_covariance(
     xy: FloatArray, mean_blocks: FloatArray, effective_votes: FloatArray, calibration: Calibration
 ) -> FloatArray:
@@ -327,7 +348,9 @@ def _fuse(
     weight = trust * precision
     effective = weight.sum(axis=0) ** 2 / (weight**2).sum(axis=0)
     mean_blocks = spread.reshape(-1, 2, 2) * trust.sum(axis=0)[:, None, None]
+    share = shrink_share(mean, mean_blocks)
     mean = unshrunk(mean, mean_blocks, calibration.shrinkage)
+    mean_blocks = widened(mean_blocks, share, calibration)
     cov = joint_covariance(mean, mean_blocks, effective, calibration)
     # A keypoint on which the votes disagree scores less than the instance.
     keypoint_score = (trust * score[:, None]).sum(axis=0) / score.sum()
