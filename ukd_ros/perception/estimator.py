@@ -306,7 +306,8 @@ class PoseEstimator:
         if self._camera is not None and not (
             _same_camera(self._camera, view.camera) and self._frame_id == view.frame_id
         ):
-            logger.info("The camera changed (%dx%d): tracks are dropped.", view.camera.width, view.camera.height)
+            if self.options.tracking:
+                logger.info("The camera changed (%dx%d): tracks are dropped.", view.camera.width, view.camera.height)
             self.reset()
         self._camera, self._frame_id = view.camera, view.frame_id
         self._book.forget(view.stamp_ns, self.options.track_timeout_s)
