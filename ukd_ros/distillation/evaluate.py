@@ -72,6 +72,10 @@ class EvaluationOptions:
             "unit": "fraction",
         },
     )
+    estimator: EstimatorOptions = field(
+        default_factory=EstimatorOptions,
+        metadata={"help": "The estimator's own settings, gates among them; every image stands alone, so no tracking."},
+    )
     target_list: bool = field(
         default=True, metadata={"help": f"Ask for the instances in {TARGETS_FILE} where the data set has one."}
     )
@@ -224,7 +228,7 @@ def evaluate_model(
     bundle = load_bundle(find_model(model))
     data = BopDataset(dataset, options.split, dict(names or {}))
     estimator = PoseEstimator(
-        bundle, options.backend, replace(EstimatorOptions(), tracking=False), threads=options.threads
+        bundle, options.backend, replace(options.estimator, tracking=False), threads=options.threads
     )
     judge = _Judge(data, bundle.objects, estimator, options)
     run = _run_oracle if options.crops == "oracle" else _run_estimator
