@@ -125,6 +125,7 @@ def motion_kernel(length_px: float, angle: float) -> npt.NDArray[np.float32]:
         cv2.LINE_AA,
         4,
     )
+    kernel += kernel[::-1, ::-1].copy()  # the drawn line may lie up to half a pixel off, and the labels do not move
     if kernel.sum() == 0:
         kernel[half, half] = 1.0
     normalised: npt.NDArray[np.float32] = kernel / kernel.sum()
