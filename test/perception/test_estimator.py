@@ -17,12 +17,14 @@ from perception.painted_world import BOX, MODELS, VGA, FakeBackend, World
 from scipy import stats
 
 from ukd_ros.geometry.camera import Camera, DistortionModel
-from ukd_ros.geometry.estimate import RejectReason
+from ukd_ros.geometry.estimate import PoseEstimate, Rejection, RejectReason
+from ukd_ros.geometry.keypoints import Keypoints
+from ukd_ros.geometry.object_model import ObjectModel
 from ukd_ros.geometry.pose import Pose, exp_so3
 from ukd_ros.perception.estimator import EstimatorOptions, PoseEstimator
 from ukd_ros.perception.manifest import GraphSpec
 from ukd_ros.perception.pnp import PnpOptions
-from ukd_ros.perception.votes import Calibration
+from ukd_ros.perception.votes import Calibration, VoteInstance, keypoint_box
 
 
 def build(world: World, **options: object) -> PoseEstimator:
@@ -129,6 +131,35 @@ def test_the_gate_names_its_reason(options: dict[str, object], reason: RejectRea
     result = build(world, **options).estimate(world.view())
     assert result.estimates == ()
     assert [r.reason for r in result.rejections] == [reason]
+
+
+def test_two_poses_that_explain_a_flat_object_alike_are_no_answer() -> None:
+    """From far away a plate and its mirror image look the same; near, the perspective tells them apart."""
+    plate = np.array([[x, y, 0.0] for x in (-0.06, 0.01, 0.06) for y in (-0.04, 0.0, 0.05)])
+    graphs = {"locate": GraphSpec("locate.onnx", 320, 256), "zoom": GraphSpec("zoom.onnx", 128, 128, context=1.5)}
+    model = ObjectModel("plate", plate, 0.15)
+    bundle = SimpleNamespace(objects=(model,), graphs=graphs, calibration=Calibration())
+    backend = FakeBackend(World(), 128, 128, 0.8, locate=False)
+
+    def solved(depth: float, **options: float) -> object:
+        estimator = PoseEstimator(
+            bundle,  # type: ignore[arg-type]
+            options=EstimatorOptions(max_sigma_position=100.0, max_sigma_rotation_deg=1000.0, **options),  # type: ignore[arg-type]
+            locate=backend,
+            zoom=backend,
+        )
+        xy = VGA.project(somewhere(0.05, 0.02, depth).transform(plate))
+        keypoints = Keypoints(xy, 0.3 * np.eye(2 * len(plate)), np.ones(len(plate)))
+        votes = np.ones((len(plate), 2, 2)), np.ones(len(plate))
+        return estimator.solve(VGA, VoteInstance(0, 0.9, keypoints, keypoint_box(xy), 9, *votes))
+
+    refused = solved(5.0)
+    assert isinstance(refused, Rejection) and refused.reason is RejectReason.AMBIGUOUS
+    assert "mirrored" in refused.detail and refused.object_name == "plate"
+    shown = solved(5.0, max_ambiguity=1.0)
+    assert isinstance(shown, PoseEstimate) and shown.ambiguity > 0.5
+    clear = solved(0.4)
+    assert isinstance(clear, PoseEstimate) and clear.ambiguity < 0.01
 
 
 def test_tracking_skips_the_search_and_keeps_identities() -> None:

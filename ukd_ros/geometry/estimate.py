@@ -30,6 +30,8 @@ class RejectReason(str, Enum):
     """The residuals are larger than the keypoints' covariance allows (chi-square gate)."""
     DEGENERATE = "degenerate"
     """The keypoints do not determine all six degrees of freedom."""
+    AMBIGUOUS = "ambiguous"
+    """Another pose explains the keypoints nearly as well, far from the first: one covariance cannot say both."""
     TOO_UNCERTAIN = "too_uncertain"
     """The pose's standard deviation exceeds what the options allow."""
     LOST = "lost"
@@ -47,6 +49,8 @@ class PoseEstimate:
     keypoints: in full-image pixels, with their covariance.
     inliers: [K], the keypoints that the pose was computed from.
     chi2, dof: squared length of the inliers' whitened residuals and its expectation, 2 * inliers - 6.
+    ambiguity: likelihood of the second-best pose (the depth-mirrored one of a flat or far object) over that of this
+        one: 0 none, 1 as likely. ``cov`` describes the neighbourhood of this pose only.
     """
 
     object_name: str
@@ -58,6 +62,7 @@ class PoseEstimate:
     inliers: BoolArray
     chi2: float
     dof: int
+    ambiguity: float = 0.0
 
     def __post_init__(self) -> None:
         """Check and freeze the arrays."""

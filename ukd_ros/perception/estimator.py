@@ -101,6 +101,14 @@ class EstimatorOptions:
             "unit": "deg",
         },
     )
+    max_ambiguity: float = field(
+        default=0.5,
+        metadata={
+            "help": "A pose is rejected when a second one, with its depth mirrored, is more than this times as likely "
+            "(flat objects and far ones; no covariance describes two poses); 1 never rejects.",
+            "unit": "0..1",
+        },
+    )
     duplicate_distance: float = field(
         default=0.25,
         metadata={
@@ -138,7 +146,7 @@ class EstimatorOptions:
                 raise ValueError(f"{name}: is {getattr(self, name)}, but a positive number is needed.")
         if self.zoom_factor != 0.0 and not 1.0 <= self.zoom_factor <= 10.0:
             raise ValueError(f"zoom_factor: is {self.zoom_factor}, but 0 or 1..10 is needed.")
-        for name in ("confirm_overlap", "min_score"):
+        for name in ("confirm_overlap", "min_score", "max_ambiguity"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}: is {getattr(self, name)}, but 0..1 is needed.")
         for name, least in (
@@ -392,6 +400,7 @@ class PoseEstimator:
             inliers=solution.inliers,
             chi2=solution.chi2,
             dof=solution.dof,
+            ambiguity=solution.ambiguity,
         )
 
     def _gate(self, solution: PnpSolution, diameter: float) -> tuple[RejectReason, str] | None:
@@ -403,6 +412,9 @@ class PoseEstimator:
         rotation = math.degrees(math.sqrt(float(np.linalg.eigvalsh(solution.cov[3:, 3:])[-1])))
         if rotation > self.options.max_sigma_rotation_deg:
             return RejectReason.TOO_UNCERTAIN, f"rotation is known to {rotation:.0f} deg only"
+        if solution.ambiguity > self.options.max_ambiguity:
+            detail = f"the pose with mirrored depth is {solution.ambiguity:.2f} times as likely as this one"
+            return RejectReason.AMBIGUOUS, detail
         return None
 
     def _duplicate(self, estimate: PoseEstimate, estimates: list[PoseEstimate]) -> bool:

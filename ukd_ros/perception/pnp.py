@@ -42,6 +42,12 @@ MAX_TURN_SIGMA = 1.0
 """Rotation uncertainty (rad, root of the trace) beyond which no tangent describes it; for the position it is the
 distance itself. The condition number alone does not see an axis that is merely unknown."""
 
+SECOND_STEPS = 4
+"""Refinement steps after which the search for a second minimum looks whether there is one."""
+
+SECOND_HOPELESS = 30.0
+"""Chi2 above the first minimum's beyond which those steps have found none: a likelihood ratio of exp(-15)."""
+
 
 @dataclass(frozen=True)
 class PnpOptions:
@@ -358,11 +364,20 @@ def _second_minimum(problem: PnpProblem, fit: Fit, options: PnpOptions) -> tuple
     # A start this poor (or NaN) never ends in a minimum that competes.
     if not float(start @ start) < fit.chi2 + 200 * len(start):
         return None, 0.0
-    second = refine(problem, R, t, fit.inliers, options.max_iterations)
-    if second is None or not second.converged:
+    # Where there is a second minimum, the mirrored pose starts beside it and a few steps come near its bottom. Any
+    # other start wanders back to the first minimum in many steps, which take longer than all the rest of the solution.
+    second = refine(problem, R, t, fit.inliers, min(SECOND_STEPS, options.max_iterations))
+    if second is None or second.chi2 > fit.chi2 + SECOND_HOPELESS or _same_minimum(second, fit, 3.0):
         return None, 0.0
-    turn = log_so3(second.rotation @ fit.rotation.T)
-    delta = np.concatenate([second.translation - fit.translation, turn])
-    if float(delta @ fit.information() @ delta) < 1.0:
+    if not second.converged:
+        second = refine(problem, second.rotation, second.translation, fit.inliers, options.max_iterations)
+    if second is None or not second.converged or _same_minimum(second, fit, 1.0):
         return None, 0.0
     return second, math.exp(-0.5 * abs(second.chi2 - fit.chi2))
+
+
+def _same_minimum(second: Fit, fit: Fit, sigmas: float) -> bool:
+    """Return whether a fit lies within so many standard deviations of another, by the other's covariance."""
+    turn = log_so3(second.rotation @ fit.rotation.T)
+    delta = np.concatenate([second.translation - fit.translation, turn])
+    return float(delta @ fit.information() @ delta) < sigmas**2
