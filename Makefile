@@ -26,6 +26,7 @@ test: env-test env-opencv lint
 
 lint: env-test
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check --quiet .
 	.venv/bin/mypy
 
 test-opencv: env-test env-opencv

@@ -30,9 +30,7 @@ def write_ascii_ply(path: Path, scale: float) -> Path:
 
 
 def write_binary_stl(path: Path, scale: float) -> Path:
-    body = b"".join(
-        struct.pack("<12fH", 0, 0, 0, *(CUBE[triangle] * scale).reshape(-1), 0) for triangle in TRIANGLES
-    )
+    body = b"".join(struct.pack("<12fH", 0, 0, 0, *(CUBE[triangle] * scale).reshape(-1), 0) for triangle in TRIANGLES)
     path.write_bytes(b"\0" * 80 + struct.pack("<I", len(TRIANGLES)) + body)
     return path
 

@@ -43,9 +43,7 @@ def ball() -> Mesh:
 
 
 @pytest.mark.parametrize(("cx", "cy", "skew"), [(79.5, 59.5, 0), (20.0, 100.25, 0), (140.7, 8.1, 0), (60.2, 70.9, 5.0)])
-def test_a_small_ball_lands_where_the_camera_projects_it(
-    renderer: Renderer, cx: float, cy: float, skew: float
-) -> None:
+def test_a_small_ball_lands_where_the_camera_projects_it(renderer: Renderer, cx: float, cy: float, skew: float) -> None:
     view = camera(cx, cy, skew)
     mesh = renderer.upload(ball())
     for place in ([0.02, -0.01, 1.0], [-0.3, 0.2, 1.4], [0.25, 0.22, 0.9]):

@@ -242,6 +242,9 @@ def test_a_data_set_is_the_same_for_any_number_of_workers_and_resumes(
         render_dataset(SMALL, DEMO, two, 10, seed=4, progress=False)
     with pytest.raises(RenderError, match=r"scene\.distance"):
         render_dataset(dataclasses.replace(SMALL, distance=(0.3, 0.9)), DEMO, two, 10, seed=3, progress=False)
+    with pytest.raises(RenderError, match="at least 10"):  # fewer would leave images that no label belongs to
+        render_dataset(SMALL, DEMO, two, 7, seed=3, progress=False)
+    assert whole == contents(two)
 
 
 def test_wrong_jobs_are_refused_before_anything_is_rendered(tmp_path: Path) -> None:

@@ -17,7 +17,10 @@ from cubes import CUBE, CubeViews
 from ukd_ros.data.augment import AugmentConfig
 from ukd_ros.data.dataset import WindowConfig, WindowDataset
 from ukd_ros.distillation.checkpoint import CheckpointError, load_checkpoint
+from ukd_ros.distillation.export import ExportOptions, export_model
 from ukd_ros.distillation.train import TrainConfig, TrainingDiverged, learning_rate, train
+from ukd_ros.geometry.view import LabelledView
+from ukd_ros.perception.bundle import BundleError
 
 TINY = TrainConfig(
     steps=6,
@@ -43,8 +46,9 @@ def _losses(out: Path) -> list[float]:
 
 
 def test_resuming_gives_the_numbers_of_an_unbroken_run(data: WindowDataset, tmp_path: Path) -> None:
-    whole = train(TINY, data, [CUBE], tmp_path / "whole", progress=False)
+    whole = train(replace(TINY, keep_every=4), data, [CUBE], tmp_path / "whole", progress=False)
     assert whole.finished and whole.step == 6
+    assert load_checkpoint(tmp_path / "whole" / "step-000004.pt").step == 4
     broken = tmp_path / "broken"
     first = train(TINY, data, [CUBE], broken, progress=False, time_budget_s=0.0)
     assert not first.finished and first.step == 1
@@ -149,7 +153,13 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(data: WindowDa
 
 @pytest.mark.parametrize(
     ("field", "value", "word"),
-    [("steps", 0, "steps"), ("micro_batch", 3, "micro_batch"), ("device", "tpu", "device"), ("warmup", 1.5, "warmup")],
+    [
+        ("steps", 0, "steps"),
+        ("micro_batch", 3, "micro_batch"),
+        ("device", "tpu", "device"),
+        ("optimizer", "sgd", "optimizer"),
+        ("warmup", 1.5, "warmup"),
+    ],
 )
 def test_settings_that_cannot_run_are_refused(field: str, value: object, word: str) -> None:
     with pytest.raises(ValueError, match=word):
@@ -165,3 +175,35 @@ def test_a_run_can_start_from_the_weights_of_another(data: WindowDataset, tmp_pa
     torch.testing.assert_close(after["head.offset.weight"], before["head.offset.weight"], atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="initial"):
         train(replace(second, width_factor=0.5), data, [CUBE], tmp_path / "third", progress=False)
+
+
+def test_a_run_can_start_from_the_student_of_another_part(
+    data: WindowDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Backbone and towers are taken over, from a checkpoint or a model folder; the last layers begin anew."""
+    first = train(replace(TINY, steps=3), data, [CUBE], tmp_path / "first", progress=False)
+    network = load_checkpoint(first.checkpoint).network
+    options = ExportOptions(locate_width=64, locate_height=64, zoom_size=64, weights="float32")
+    export_model(network, [CUBE], tmp_path / "model", options)
+    other = replace(CUBE, name="die")
+
+    class Dice(CubeViews):
+        def view(self, index: int) -> LabelledView:
+            view = super().view(index)
+            return replace(view, objects=tuple(replace(label, object_name="die") for label in view.objects))
+
+    dice = WindowDataset(Dice(6), [other], TINY.window, seed=0)
+    before = network.state_dict()
+    for number, initial in enumerate((first.checkpoint, tmp_path / "model")):
+        config = replace(TINY, steps=1, initial=str(initial), learning_rate=1e-9, seed=5)
+        with caplog.at_level("INFO"):
+            result = train(config, dice, [other], tmp_path / f"next{number}", progress=False)
+        assert "begin anew" in caplog.text
+        after = load_checkpoint(result.checkpoint).network.state_dict()
+        for name, value in after.items():
+            if name.startswith("head.offset.weight"):
+                assert (value - before[name]).abs().max() > 1e-3
+            elif name.endswith("conv.weight") or name.startswith("lateral"):
+                torch.testing.assert_close(value, before[name], atol=1e-6, rtol=0, msg=name)
+    with pytest.raises(BundleError, match="nowhere"):
+        train(replace(TINY, initial=str(tmp_path / "nowhere")), dice, [other], tmp_path / "last", progress=False)

@@ -117,9 +117,7 @@ class BopDataset:
             raise BopError(f"{self._folders[entry.scene_id]}/scene_camera.json: image {entry.image_id} has no cam_K.")
         return Camera(width, height, K.reshape(3, 3))
 
-    def labels(
-        self, index: int, masks: bool = True, size: tuple[int, int] | None = None
-    ) -> tuple[ObjectLabel, ...]:
+    def labels(self, index: int, masks: bool = True, size: tuple[int, int] | None = None) -> tuple[ObjectLabel, ...]:
         """Return the labelled objects of image `index` (metres), with visible masks where the folder has them.
 
         `size` (width, height) px tells what is truncated, where scene_camera.json does not (it does in our renders).

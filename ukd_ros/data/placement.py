@@ -123,9 +123,7 @@ class SceneSampler:
             lights.append(Light(place, color, near))
         sky = rng.uniform(0.08, 0.45) * np.exp(rng.normal(0, 0.06, 3))
         ground = sky * rng.uniform(0.25, 0.8) * np.exp(rng.normal(0, 0.08, 3))
-        return Lighting(
-            tuple(lights), sky, ground, up, float(rng.uniform(0.7, 9.0)), float(rng.uniform(0.5, 1.0))
-        )
+        return Lighting(tuple(lights), sky, ground, up, float(rng.uniform(0.7, 9.0)), float(rng.uniform(0.5, 1.0)))
 
     # ------------------------------------------------------------------ materials and distractors
 
@@ -158,9 +156,7 @@ class SceneSampler:
 
     # ------------------------------------------------------------------ things in the air
 
-    def _floating(
-        self, rng: np.random.Generator, camera: Camera, wanted: list[int]
-    ) -> tuple[list[Body], FloatArray]:
+    def _floating(self, rng: np.random.Generator, camera: Camera, wanted: list[int]) -> tuple[list[Body], FloatArray]:
         bodies: list[Body] = []
         spots: list[tuple[FloatArray, float]] = []
         for target in wanted:

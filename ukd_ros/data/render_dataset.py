@@ -75,7 +75,7 @@ def render_dataset(
 
     Image i depends on the configuration, `seed` and i only, never on `workers` (0: one per CPU). Complete images are
     kept, so an interrupted run continues and a finished one returns at once; a folder of another configuration is
-    refused with RenderError. MeshError and RendererError come through.
+    refused with RenderError, and so is one that holds more images already. MeshError and RendererError come through.
     """
     out = Path(out)
     if count < 1:
@@ -85,7 +85,13 @@ def render_dataset(
     loaded = _first_look(out, sources, others)
     _claim(out, _description(config, sources, others, seed))
     writer = BopWriter(out, split)
-    missing = sorted(set(range(count)) - writer.done())
+    done = writer.done()
+    if done and max(done) >= count:
+        raise RenderError(
+            f"{out}: holds images up to number {max(done)} already, which --count {count} would leave without labels; "
+            f"ask for at least {max(done) + 1}, or use another folder."
+        )
+    missing = sorted(set(range(count)) - done)
     if not missing and _is_finished(writer, out, count):
         logger.info("%s: all %d images are there already", out, count)
         return out

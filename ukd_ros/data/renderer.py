@@ -385,9 +385,7 @@ def smooth_outlines(
     return out
 
 
-def clip_matrix(
-    camera: Camera, size: tuple[int, int] | None = None, offset: tuple[int, int] = (0, 0)
-) -> FloatArray:
+def clip_matrix(camera: Camera, size: tuple[int, int] | None = None, offset: tuple[int, int] = (0, 0)) -> FloatArray:
     """Return camera frame -> OpenGL clip space [4,4] so that framebuffer row 0 is image row 0.
 
     A pixel's centre lies half a pixel inside its corner, hence the + 0.5. `size` and `offset` (px) enlarge the canvas.

@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,22 @@ from ukd_ros.distillation.batches import Batches, BatchShape
 from ukd_ros.distillation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ukd_ros.distillation.curves import draw_curves
 from ukd_ros.distillation.losses import focal_loss, gaussian_nll, ray_loss
+from ukd_ros.distillation.muon import Muon, Together
 from ukd_ros.distillation.norms import NormStatistics
 from ukd_ros.distillation.parallel import Processes
 from ukd_ros.geometry.object_model import ObjectModel
 from ukd_ros.geometry.view import LabelledView
+from ukd_ros.perception.backends import torch_network
+from ukd_ros.perception.bundle import find_model, load_bundle
 from ukd_ros.perception.network import KeypointNetwork, NetworkConfig, cell_geometry, decode_scale
 
 logger = logging.getLogger(__name__)
+
+MUON_RATIO = 10.0
+"""Muon's learning rate over AdamW's."""
+
+OBJECT_LAYERS = ("head.score.", "head.offset.", "head.scale.")
+"""Names of the weights whose shape and meaning depend on the objects."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +55,17 @@ class TrainConfig:
     """How a network is trained.
 
     `architecture` and `width_factor` choose the network, `keypoints` and `keypoint_kind` (farthest or box) its points.
-    `initial`: checkpoint whose weights the network starts from (empty: random ones); its objects must be the same.
+    `initial`: checkpoint of an earlier run, or a model folder, whose weights the network starts from (empty: random
+    ones). What depends on the objects (the last layers) is taken where they are the same, and begins anew where not: a
+    student of another part saves a new one its first hours.
     `steps` of `batch_size` windows each, taken in micro-batches of `micro_batch` (the unit of batch norm; the same for
-    any number of processes). `learning_rate` is the peak of a one-cycle schedule with `warmup` as the rising
-    fraction; `weight_decay` is AdamW's; `clip_norm` bounds the gradient. `positives`: cells that vote for one
+    any number of processes). `optimizer`: muon (orthogonal steps for the hidden layers, AdamW for the rest) or adamw.
+    `learning_rate` is the peak of AdamW's one-cycle schedule with `warmup` as the rising fraction, Muon's is ten times
+    as large; `weight_decay` is decoupled; `clip_norm` bounds the gradient. `positives`: cells that vote for one
     object. `focal_weight`, `ray_weight`, `nll_weight`: the loss. `checkpoint_every`, `log_every`, `validate_every`: in
-    steps (0 = never validate). `device`: auto, cpu or cuda; `threads`: torch's (0 = its own choice).
+    steps (0 = never validate). `keep_every`: steps after which a copy `step-000500.pt` is kept besides the newest
+    checkpoint, for a curve of accuracy against samples (0 = none). `device`: auto, cpu or cuda; `threads`: torch's
+    (0 = its own choice).
     """
 
     architecture: str = "lean"
@@ -62,6 +76,7 @@ class TrainConfig:
     steps: int = 6000
     batch_size: int = 32
     micro_batch: int = 16
+    optimizer: str = "muon"
     learning_rate: float = 2e-3
     warmup: float = 0.08
     weight_decay: float = 0.02
@@ -72,6 +87,7 @@ class TrainConfig:
     nll_weight: float = 0.2
     seed: int = 0
     checkpoint_every: int = 250
+    keep_every: int = 0
     log_every: int = 25
     validate_every: int = 500
     validate_windows: int = 512
@@ -86,6 +102,8 @@ class TrainConfig:
                 raise ValueError(f"train.{name}: must be at least 1, not {getattr(self, name)}")
         if self.batch_size % self.micro_batch:
             raise ValueError(f"train.batch_size: {self.batch_size} is no multiple of micro_batch {self.micro_batch}")
+        if self.optimizer not in ("muon", "adamw"):
+            raise ValueError(f"train.optimizer: {self.optimizer!r} is none of muon, adamw")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"train.device: {self.device!r} is none of auto, cpu, cuda")
         if not 0.0 < self.warmup < 1.0:
@@ -178,7 +196,7 @@ def train(
             # 2. the step
             nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config)
+                group["lr"] = learning_rate(step, config) * group["lr_ratio"]
             optimizer.step()
             norms.update(processes)
             step += 1
@@ -199,12 +217,15 @@ def train(
                 bar.set_postfix(loss=f"{record['loss']:.3f}", px=f"{record['error_px']:.2f}")
                 window, tick, tick_step = [], time.monotonic(), step
             over = processes.any(time_budget_s is not None and time.monotonic() - started > time_budget_s)
-            if step % config.checkpoint_every == 0 or step == config.steps or over:
+            newest = step % config.checkpoint_every == 0 or step == config.steps or over
+            kept = config.keep_every > 0 and step % config.keep_every == 0
+            if newest or kept:
                 norms.store()
                 if processes.rank == 0:
-                    save_checkpoint(
-                        path, Checkpoint(network, optimizer.state_dict(), step, asdict(config), tuple(models))
-                    )
+                    now = Checkpoint(network, optimizer.state_dict(), step, asdict(config), tuple(models))
+                    save_checkpoint(path, now)
+                    if kept:
+                        save_checkpoint(out / f"step-{step:06d}.pt", now)
                     draw_curves(out / "metrics.jsonl", out / "curves.png")
             if step == config.steps or over:
                 break
@@ -356,29 +377,50 @@ def _device(config: TrainConfig, processes: Processes) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def _optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; biases and norms are not decayed."""
-    decay = [p for p in network.parameters() if p.dim() > 1]
-    rest = [p for p in network.parameters() if p.dim() <= 1]
+def _optimizer(network: KeypointNetwork, config: TrainConfig) -> Together:
+    """AdamW, or Muon for the hidden convolutions and AdamW for all else; biases and norms are not decayed."""
+    named = [(name, p) for name, p in network.named_parameters()]
+    ends = [network.head.score, network.head.offset, network.head.scale]
+    outer = {id(p) for layer in ends for p in layer.parameters()} | {id(next(network.backbone.parameters()))}
+    hidden = [p for _, p in named if p.dim() > 1 and config.optimizer == "muon" and id(p) not in outer]
+    taken = {id(p) for p in hidden}
+    decay = [p for _, p in named if p.dim() > 1 and id(p) not in taken]
+    rest = [p for _, p in named if p.dim() <= 1]
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99))
+    parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99))]
+    if hidden:
+        parts.append(Muon(hidden, lr=MUON_RATIO * config.learning_rate, weight_decay=config.weight_decay))
+    for part in parts:
+        for group in part.param_groups:
+            group["lr_ratio"] = MUON_RATIO if isinstance(part, Muon) else 1.0
+    return Together(parts)
 
 
 def _start_from(path: Path, network: KeypointNetwork) -> None:
-    """Copy the weights of an earlier run; ValueError when that network has another shape or knows other objects."""
-    earlier = load_checkpoint(path).network
-    if earlier.config != network.config:
-        raise ValueError(f"train.initial: {path} holds {earlier.config}, but this run trains {network.config}")
-    network.load_state_dict(earlier.state_dict())
+    """Copy the weights of an earlier run or a model folder, all that fit; ValueError when the layers differ."""
+    # a checkpoint is a file; a model is a folder, or the name of one
+    earlier = load_checkpoint(path).network if path.is_file() else torch_network(load_bundle(find_model(path)))
+    weights, config, mine = earlier.state_dict(), earlier.config, network.config
+    same = replace(config, classes=mine.classes, keypoints=mine.keypoints)
+    if same != mine:
+        raise ValueError(f"train.initial: {path} holds {config}, but this run trains {mine}: the layers differ")
+    if config == mine:
+        network.load_state_dict(weights)
+        return
+    kept = {name: value for name, value in weights.items() if not name.startswith(OBJECT_LAYERS)}
+    missing, unknown = network.load_state_dict(kept, strict=False)
+    if unknown or any(not name.startswith(OBJECT_LAYERS) for name in missing):
+        raise ValueError(f"train.initial: {path} lacks {', '.join(missing)} or has unknown {', '.join(unknown)}")
+    logger.info("%s knows %s: its last layers begin anew for %s", path, config.classes, mine.classes)
 
 
 def _restore(
-    path: Path, network: KeypointNetwork, optimizer: torch.optim.Optimizer, norms: NormStatistics, config: TrainConfig
+    path: Path, network: KeypointNetwork, optimizer: Together, norms: NormStatistics, config: TrainConfig
 ) -> int:
     """Load a checkpoint into the parts; ValueError naming the first setting that differs."""
     content = load_checkpoint(path)
     mine, theirs = _plain(asdict(config)), _plain(content.config)
-    free = {"device", "threads", "checkpoint_every", "log_every", "validate_every", "validate_windows"}
+    free = {"device", "threads", "checkpoint_every", "keep_every", "log_every", "validate_every", "validate_windows"}
     for key in sorted(set(mine) | set(theirs)):
         if key not in free and mine.get(key) != theirs.get(key):
             raise ValueError(

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 if TYPE_CHECKING:
     from ukd_ros.perception.bundle import Bundle
+    from ukd_ros.perception.network import KeypointNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -229,6 +230,31 @@ class OpenCvBackend(_Runner):
         return self._votes(outputs)
 
 
+def torch_network(bundle: Bundle, graph: str = "zoom") -> KeypointNetwork:
+    """Return the network of a model folder with its safetensors weights, for torch; needs the packages of ``[train]``.
+
+    Raises BackendError when the folder holds none, and as `Bundle.graph_error` when they are of another network.
+    """
+    import safetensors.torch
+
+    from ukd_ros.perception.network import KeypointNetwork, NetworkConfig
+
+    if bundle.weights is None:
+        raise BackendError(f"{bundle.root}: the model has no torch weights. Choose onnxruntime or opencv.")
+    file, manifest = bundle.root / bundle.weights, bundle.network
+    options: dict[str, Any] = {
+        key: tuple(item) if isinstance(item, list) else item for key, item in manifest.options.items()
+    }
+    try:
+        network = KeypointNetwork(NetworkConfig(manifest.architecture, manifest.classes, manifest.keypoints, **options))
+        network.load_state_dict({key: value.float() for key, value in safetensors.torch.load_file(file).items()})
+    except (TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        raise bundle.graph_error(
+            graph, f"{file.name} is not a {manifest.architecture} network ({error}). Export the model again."
+        ) from error
+    return network
+
+
 class TorchBackend(_Runner):
     """The network itself in eager torch, from the safetensors weights: for development and comparison."""
 
@@ -236,31 +262,13 @@ class TorchBackend(_Runner):
 
     def __init__(self, bundle: Bundle, graph: str, threads: int = 0) -> None:
         """Build the network; ImportError when torch or safetensors is not installed, else as `open_backend`."""
-        import safetensors.torch
         import torch
 
-        from ukd_ros.perception.network import KeypointNetwork, NetworkConfig
-
         super().__init__(bundle, graph)
-        if bundle.weights is None:
-            raise BackendError(f"{bundle.root}: the model has no torch weights. Choose onnxruntime or opencv.")
-        self._file = bundle.root / bundle.weights
         self._torch = torch
         if threads:
             torch.set_num_threads(threads)
-        manifest = bundle.network
-        options: dict[str, Any] = {
-            key: tuple(item) if isinstance(item, list) else item for key, item in manifest.options.items()
-        }
-        try:
-            config = NetworkConfig(manifest.architecture, manifest.classes, manifest.keypoints, **options)
-            self._network = KeypointNetwork(config)
-            state = {key: value.float() for key, value in safetensors.torch.load_file(self._file).items()}
-            self._network.load_state_dict(state)
-        except (TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
-            raise bundle.graph_error(
-                graph, f"{self._file.name} is not a {manifest.architecture} network ({error}). Export the model again."
-            ) from error
+        self._network = torch_network(bundle, graph)
         self._network.eval()
         self._check_dry(bundle, graph, self._forward(np.zeros((self.height, self.width, 3), np.uint8)))
 

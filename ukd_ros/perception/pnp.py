@@ -42,7 +42,7 @@ MAX_TURN_SIGMA = 1.0
 """Rotation uncertainty (rad, root of the trace) beyond which no tangent describes it; for the position it is the
 distance itself. The condition number alone does not see an axis that is merely unknown."""
 
-SECOND_STEPS = 4
+SECOND_STEPS = 3
 """Refinement steps after which the search for a second minimum looks whether there is one."""
 
 SECOND_HOPELESS = 30.0
