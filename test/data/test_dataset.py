@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from cubes import CAMERA, CUBE, CubeViews  # noqa: E402
 
 from ukd_ros.data.augment import AugmentConfig, augment, motion_kernel  # noqa: E402
 from ukd_ros.data.dataset import WindowConfig, WindowDataset  # noqa: E402
-from ukd_ros.geometry.object_model import ObjectModel  # noqa: E402
+from ukd_ros.geometry.object_model import ObjectModel, Symmetries  # noqa: E402
+from ukd_ros.geometry.pose import Pose, exp_so3  # noqa: E402
 from ukd_ros.geometry.view import LabelledView, ObjectLabel  # noqa: E402
 
 PLAIN = AugmentConfig(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
@@ -184,3 +186,34 @@ def test_motion_kernels_are_centred_and_normalised(rng: np.random.Generator) -> 
         v, u = np.mgrid[: kernel.shape[0], : kernel.shape[1]] - (kernel.shape[0] - 1) / 2
         assert kernel.sum() == pytest.approx(1.0, abs=1e-5)
         assert abs((u * kernel).sum()) < 1e-5 and abs((v * kernel).sum()) < 1e-5
+
+
+def test_windows_that_look_alike_have_one_label() -> None:
+    """Two data sets whose labels differ by a symmetry motion give the same keypoints, in turned windows too."""
+    half = Pose(np.diag([-1.0, -1.0, 1.0]), np.array([0.002, 0.001, 0.0]))
+    axis = (np.array([0.0, 1.0, 0.0]), np.array([0.0, 0.0, 0.003]))
+    for symmetries in (Symmetries(discrete=(half,)), Symmetries(continuous=(axis,))):
+        model = replace(CUBE, symmetries=symmetries)
+
+        class Renamed(CubeViews):
+            def view(self, index: int) -> LabelledView:
+                view = super().view(index)
+                R = exp_so3(axis[0] * (0.3 + index))
+                motion = half if symmetries.discrete else Pose(R, axis[1] - R @ axis[1])  # noqa: B023
+                objects = tuple(replace(o, T_camera_object=o.T_camera_object @ motion) for o in view.objects)
+                return replace(view, objects=objects)
+
+        # zoomed windows are framed by the labels' own keypoints, so the locate framing is compared
+        config = WindowConfig(rotation_deg=40.0, zoom_fraction=0.0, empty_fraction=1.0, augment=PLAIN)
+        one, other = (WindowDataset(views, [model], config, seed=2) for views in (CubeViews(8), Renamed(8)))
+        plain = WindowDataset(CubeViews(8), [CUBE], config, seed=2)
+        seen = moved = 0
+        for index in range(60):
+            for a, b, c in zip(*(data.sample(index).objects for data in (one, other, plain)), strict=True):
+                if a.ignored or b.ignored:
+                    continue
+                np.testing.assert_allclose(a.xy, b.xy, atol=1e-6)
+                np.testing.assert_allclose(a.points_camera, b.points_camera, atol=1e-9)
+                seen += 1
+                moved += not np.allclose(a.xy, c.xy, atol=0.1)
+        assert seen > 10 and moved > 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,8 @@ import pytest
 
 from ukd_ros.data.bop import BopError
 from ukd_ros.distillation import evaluate as module
-from ukd_ros.distillation.evaluate import EvaluationOptions, EvaluationReport, evaluate_model, independent
+from ukd_ros.distillation.evaluate import EvaluationOptions, evaluate_model, independent
+from ukd_ros.distillation.scores import EvaluationReport
 from ukd_ros.geometry.arrays import FloatArray
 from ukd_ros.geometry.camera import Camera
 from ukd_ros.geometry.chi_square import chi2_quantile
@@ -227,6 +228,72 @@ def test_add_counts_below_a_tenth_of_the_diameter(tmp_path: Path, run: Run) -> N
         assert report.results[0].add == pytest.approx(factor * DIAMETER, rel=1e-5)
 
 
+def test_every_score_of_a_shift_is_what_the_hand_computes(tmp_path: Path, run: Run) -> None:
+    """0.12 diameters sideways: every point moves by just that, so ADD, MSSD and the projection follow on paper."""
+    pose = Pose(np.eye(3), np.array([0.0, 0.0, 0.6]))
+    shift = 0.12 * DIAMETER
+    answer = estimate_of(pose.retract(np.array([shift, 0, 0, 0, 0, 0])))
+    report, _ = run(write_dataset(tmp_path, [[pose], [pose]]), lambda i: [answer] if i else [])
+    score = report.overall
+    assert score.add_recalls == {"0.02": 0.0, "0.05": 0.0, "0.1": 0.0}
+    assert score.add_auc == pytest.approx(0.5 * (1 - shift / 0.1))  # one of two found
+    assert score.ar_mssd == pytest.approx(0.5 * 0.8)  # below 0.15, 0.20 ... 0.50
+    # The nearest corner is 0.55 m away: 60 px * 0.01697 m / 0.55 m = 1.85 px, and the image is a tenth of 640 px wide.
+    pixels = 60 * shift / 0.55 * 640 / 64
+    assert pixels == pytest.approx(18.5, abs=0.05)
+    assert score.ar_mspd == pytest.approx(0.5 * 0.7)  # below 20, 25 ... 50
+    assert score.projection_recall == 0.5  # 1.7 px of this image on average
+    assert report.causes == {"not found": 1, "sideways": 1}
+    assert report.detection["visible fraction"] == {"from 0.9": (0.5, 2)}
+    assert [(p.kept, p.accuracy) for p in report.risk] == [(0.5, 0.0)]
+
+
+def test_only_as_many_estimates_count_as_are_asked_for(tmp_path: Path, run: Run) -> None:
+    """A stray that scores higher costs the target, though the object was found: the count is unknown to the robot."""
+    pose = Pose(np.eye(3), np.array([-0.1, 0.0, 0.6]))
+    stray = Pose(np.eye(3), np.array([0.12, 0.1, 0.6]))
+    root = write_dataset(tmp_path, [[pose]])
+    report, _ = run(root, lambda i: [estimate_of(stray, score=0.9), estimate_of(pose, score=0.8)])
+    assert (report.overall.add_recall, report.missed, report.causes) == (0.0, {"outranked": 1}, {"outranked": 1})
+    assert report.false_alarms == 1
+    other, _ = run(root, lambda i: [estimate_of(stray, score=0.7), estimate_of(pose, score=0.8)])
+    assert other.overall.add_recall == 1.0 and other.causes == {}
+
+
+def test_failures_have_their_causes(tmp_path: Path, run: Run) -> None:
+    pose = Pose(np.eye(3), np.array([0.0, 0.0, 0.6]))
+    changes = {
+        "depth": [0, 0, 0.03, 0, 0, 0.1],
+        "sideways": [0.02, 0, 0.01, 0, 0, 0],
+        "turned": [0.001, 0, 0, 0, 0, 0.7],
+        "flipped": [0, 0, 0, 0, 0, 3.0],
+    }
+    for cause, change in changes.items():
+        answer = estimate_of(pose.retract(np.array(change, dtype=float)))
+        root = write_dataset(tmp_path / cause, [[pose]])
+        report, _ = run(root, lambda i, answer=answer: [answer], match_radius=3.0)
+        assert report.causes == {cause: 1}
+    refused = Rejection(RejectReason.TOO_UNCERTAIN, "", "box")
+    report, _ = run(write_dataset(tmp_path / "refused", [[pose]]), lambda i: [], rejections=(refused,))
+    assert report.causes == {"refused": 1} and report.missed == {"too_uncertain": 1}
+
+
+def test_keypoints_are_compared_with_their_own_ellipses(tmp_path: Path, run: Run, rng: np.random.Generator) -> None:
+    poses = some_poses(60, rng)
+
+    def answer(i: int) -> list[PoseEstimate]:
+        exact = estimate_of(poses[i])
+        noise = SIGMA_PX * np.random.default_rng(i).normal(size=(8, 2))
+        return [replace(exact, keypoints=Keypoints(exact.keypoints.xy + noise, exact.keypoints.cov, np.ones(8)))]
+
+    report, _ = run(write_dataset(tmp_path, [[pose] for pose in poses]), answer)
+    check = report.keypoints
+    assert check is not None and check.keypoints == 480
+    assert abs(check.square - 2) < 5 * np.sqrt(4 / 480)
+    assert abs(check.coverage[0.95] - 0.95) < 5 * np.sqrt(0.95 * 0.05 / 480)
+    assert check.nll == pytest.approx(1 + np.log(2 * np.pi * SIGMA_PX**2), abs=0.25)
+
+
 def test_a_symmetric_object_may_be_seen_either_way(tmp_path: Path, run: Run) -> None:
     half_turn = Pose(np.diag([-1.0, -1.0, 1.0]), np.zeros(3))
     pose = Pose(exp_so3(np.array([0.4, 0.2, 0.1])), np.array([0.0, 0.0, 0.6]))
@@ -308,11 +375,13 @@ def test_reports_are_written_whole_even_when_nothing_was_found(
     for name, answer in (("none", []), ("all", [estimate_of(poses[0])])):
         out = tmp_path / name
         report, _ = run(root, lambda i, answer=answer: answer, out=out)
-        files = {"report.txt", "report.json", "summary.png", "best.png", "worst.png"}
+        files = {"report.html", "report.txt", "report.json", "summary.png", "best.png", "worst.png"}
         assert {path.name for path in out.iterdir()} == files
         data = json.loads((out / "report.json").read_text(), parse_constant=pytest.fail)
         assert data["overall"]["targets"] == 3
         assert (out / "report.txt").read_text() == report.table() + "\n"
+        page = (out / "report.html").read_text()
+        assert page.count("data:image/png;base64,") >= 3 and "src=" in page and "http" not in page
         for picture in ("summary.png", "best.png", "worst.png"):
             image = cv2.imread(str(out / picture))
             assert image is not None and image.std() > 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +20,7 @@ from scipy import stats
 from ukd_ros.geometry.camera import Camera, DistortionModel
 from ukd_ros.geometry.estimate import PoseEstimate, Rejection, RejectReason
 from ukd_ros.geometry.keypoints import Keypoints
-from ukd_ros.geometry.object_model import ObjectModel
+from ukd_ros.geometry.object_model import ObjectModel, Symmetries
 from ukd_ros.geometry.pose import Pose, exp_so3
 from ukd_ros.perception.estimator import EstimatorOptions, PoseEstimator
 from ukd_ros.perception.manifest import GraphSpec
@@ -27,9 +28,9 @@ from ukd_ros.perception.pnp import PnpOptions
 from ukd_ros.perception.votes import Calibration, VoteInstance, keypoint_box
 
 
-def build(world: World, **options: object) -> PoseEstimator:
+def build(world: World, models: tuple[ObjectModel, ...] = MODELS, **options: object) -> PoseEstimator:
     graphs = {"locate": GraphSpec("locate.onnx", 320, 256), "zoom": GraphSpec("zoom.onnx", 128, 128, context=1.5)}
-    bundle = SimpleNamespace(objects=MODELS, graphs=graphs, calibration=Calibration(vote_correlation=0.0))
+    bundle = SimpleNamespace(objects=models, graphs=graphs, calibration=Calibration(vote_correlation=0.0))
     return PoseEstimator(
         bundle,  # type: ignore[arg-type]
         options=EstimatorOptions(**options),  # type: ignore[arg-type]
@@ -178,6 +179,36 @@ def test_tracking_skips_the_search_and_keeps_identities() -> None:
         assert_near(by_number[0].T_camera_object, b if first_is_b else a)
         assert result.tracked == (frame > 0)
     assert world.locate_runs == 1
+
+
+@pytest.mark.parametrize("relocate_every", [0, 2])
+def test_a_still_cylinder_does_not_spin(relocate_every: int) -> None:
+    """The network names any turn about the axis, another in every frame; the published pose keeps the first one.
+
+    The covariance says that the turn is unknown, and only the turn.
+    """
+    axis, offset = np.array([0.0, 0.0, 1.0]), np.array([0.01, -0.005, 0.0])
+    box = replace(BOX, symmetries=Symmetries(continuous=((axis, offset),)))
+    world = World()
+    estimator = build(world, (box, MODELS[1]), relocate_every=relocate_every)
+    still = somewhere(0.1, -0.05)
+    rng = np.random.default_rng(5)
+    poses = []
+    for frame in range(10):
+        R = exp_so3(axis * rng.uniform(-np.pi, np.pi))
+        world.objects = [(0, still @ Pose(R, offset - R @ offset))]
+        (estimate,) = estimator.estimate(world.view(frame * 33_000_000)).estimates
+        poses.append(estimate.T_camera_object)
+        assert estimate.instance == 0
+        turn = estimate.T_camera_object.rotation @ axis
+        spread = estimate.cov[3:, 3:]
+        assert np.sqrt(turn @ spread @ turn) > 1.5
+        across = np.cross(turn, [1.0, 0.0, 0.0]) / np.linalg.norm(np.cross(turn, [1.0, 0.0, 0.0]))
+        assert np.sqrt(across @ spread @ across) < np.deg2rad(6.0)
+    for pose in poses[1:]:
+        # about the axis as still as about the others: what is left is the noise of the votes
+        assert np.abs(pose.minus(poses[0])[3:]).max() < np.deg2rad(8.0)
+        assert np.abs(pose.minus(poses[0])[:2]).max() < 0.005
 
 
 def test_the_frame_is_searched_again_now_and_then() -> None:

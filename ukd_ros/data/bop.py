@@ -181,11 +181,13 @@ class BopDataset:
         out = [BopTarget(int(r["scene_id"]), int(r["im_id"]), int(r["obj_id"]), int(r["inst_count"])) for r in rows]
         return tuple(t for t in out if (t.scene_id, t.image_id) in present)
 
-    def mesh(self, object_id: int) -> Mesh:
-        """Return an object's mesh in metres."""
+    def mesh(self, object_id: int, evaluation: bool = False) -> Mesh:
+        """Return an object's mesh in metres; for ``evaluation`` the lighter one of models_eval/ where there is one."""
         if self.models_folder is None:
             raise BopError(f"{self.root}: has no models folder, so there is no mesh of object {object_id}.")
-        return load_mesh(self.models_folder / f"obj_{object_id:06d}.ply", "mm")
+        name = f"obj_{object_id:06d}.ply"
+        lighter = self.root / "models_eval" / name
+        return load_mesh(lighter if evaluation and lighter.is_file() else self.models_folder / name, "mm")
 
     def symmetries(self, object_id: int) -> Symmetries:
         """Return an object's symmetries (metres) as models_info.json states them."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Protocol
 
@@ -20,7 +20,10 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from ukd_ros.data.augment import AugmentConfig, augment
+from ukd_ros.geometry.camera import Camera
 from ukd_ros.geometry.object_model import ObjectModel
+from ukd_ros.geometry.pose import Pose, exp_so3
+from ukd_ros.geometry.symmetry import canonical
 from ukd_ros.geometry.view import LabelledView
 
 FloatArray = npt.NDArray[np.float64]
@@ -109,13 +112,14 @@ class TrainingSample:
 class _Frame:
     """A decoded view as the windows need it.
 
-    `instances` numbers its objects' visible pixels from 1; `visible` and `area` (px²) are one value per object.
+    `instances` numbers its objects' visible pixels from 1; `poses`, `visible` and `area` (px²) are one per object.
     """
 
     image: npt.NDArray[np.uint8]
     instances: npt.NDArray[np.uint8]
-    matrix: FloatArray
+    camera: Camera
     objects: tuple[WindowObject, ...]
+    poses: tuple[Pose, ...]
     visible: tuple[float, ...]
     area: FloatArray
 
@@ -212,6 +216,7 @@ class WindowDataset:
                 continue
             size_px = item.size_px * float(np.sqrt(area_scale))
             hidden = frame.visible[number] < self.config.min_visible or inside[number] < 0.35 * whole[number]
+            item = self._named(item, frame, number, warp)
             xy = item.xy @ warp[:, :2].T + warp[:, 2]
             ignored = item.ignored or hidden or size_px < self.config.min_size_px
             objects.append(
@@ -226,8 +231,22 @@ class WindowDataset:
             patch = cv2.resize(patch, (size, size))  # type: ignore[assignment]
         image, mask = augment(image, mask, patch, self.config.augment, rng)
         homogeneous = np.vstack((warp, (0.0, 0.0, 1.0)))
-        rays: FloatArray = np.linalg.inv(homogeneous @ frame.matrix).astype(np.float64)
+        rays: FloatArray = np.linalg.inv(homogeneous @ frame.camera.matrix).astype(np.float64)
         return TrainingSample(image, mask, tuple(objects), rays)
+
+    def _named(self, item: WindowObject, frame: _Frame, number: int, warp: FloatArray) -> WindowObject:
+        """Return the object with the keypoints of its canonical pose, as this window shows it.
+
+        The window may be turned, and what looks alike in it must have one label, so the choice is made here.
+        """
+        model = self.models[item.class_index]
+        if not model.symmetries or item.ignored:
+            return item
+        angle = float(np.arctan2(warp[1, 0], warp[0, 0]))
+        turn = Pose(exp_so3(np.array([0.0, 0.0, angle])), np.zeros(3))
+        pose = turn.inverse() @ canonical(turn @ frame.poses[number], model.symmetries)
+        points = pose.transform(model.keypoints_3d)
+        return replace(item, xy=frame.camera.project(points), points_camera=points)
 
 
 @lru_cache(maxsize=4)
@@ -258,6 +277,7 @@ def _load_frame(view: LabelledView, models: tuple[ObjectModel, ...]) -> _Frame:
     index_of = {model.name: i for i, model in enumerate(models)}
     instances = np.zeros(view.image.shape[:2], np.uint8)
     objects: list[WindowObject] = []
+    poses: list[Pose] = []
     visible: list[float] = []
     for label in view.objects:
         if label.object_name not in index_of:
@@ -272,7 +292,9 @@ def _load_frame(view: LabelledView, models: tuple[ObjectModel, ...]) -> _Frame:
         xy = np.nan_to_num(xy)
         size = float(np.ptp(xy, axis=0).max())
         objects.append(WindowObject(class_index, xy, points, model.diameter, size, bad))
+        poses.append(label.T_camera_object)
         visible.append(label.visible_fraction)
         instances[label.mask] = len(objects)
     area = np.bincount(instances.ravel(), minlength=len(objects) + 1)[1:].astype(np.float64)
-    return _Frame(np.ascontiguousarray(view.image), instances, view.camera.matrix, tuple(objects), tuple(visible), area)
+    image = np.ascontiguousarray(view.image)
+    return _Frame(image, instances, view.camera, tuple(objects), tuple(poses), tuple(visible), area)

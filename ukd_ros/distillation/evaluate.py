@@ -8,12 +8,11 @@ with the symmetric truth that is nearest to the estimate.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,39 @@ import numpy as np
 from tqdm import tqdm
 
 from ukd_ros.data.bop import BopDataset, BopError
-from ukd_ros.data.whole_files import write_bytes
-from ukd_ros.distillation.calibrate import PoseCheck, pose_check
-from ukd_ros.distillation.error_model import PARTS
+from ukd_ros.distillation.calibrate import pose_check
+from ukd_ros.distillation.failures import cause_of
+from ukd_ros.distillation.protocol import (
+    METRICS,
+    Answers,
+    matches,
+    risk_coverage,
+)
+from ukd_ros.distillation.report import write_report
+from ukd_ros.distillation.scores import (
+    ADD_THRESHOLD,
+    EvaluationReport,
+    TargetResult,
+    detection_rates,
+    keypoint_check,
+    predicted_error,
+    score_of,
+)
 from ukd_ros.geometry.arrays import FloatArray
 from ukd_ros.geometry.estimate import PoseEstimate, Rejection
 from ukd_ros.geometry.keypoints import Keypoints
-from ukd_ros.geometry.metrics import add, add_s, mssd, rotation_error_deg, translation_error
+from ukd_ros.geometry.metrics import (
+    add,
+    add_s,
+    mspd,
+    mssd,
+    nees,
+    pose_nll,
+    projection_error,
+)
 from ukd_ros.geometry.object_model import ObjectModel
 from ukd_ros.geometry.pose import Pose
+from ukd_ros.geometry.symmetry import nearest
 from ukd_ros.geometry.view import LabelledView, ObjectLabel, View
 from ukd_ros.perception.bundle import find_model, load_bundle
 from ukd_ros.perception.estimator import EstimatorOptions, PoseEstimator
@@ -40,10 +63,15 @@ logger = logging.getLogger(__name__)
 
 CROPS = ("estimator", "oracle")
 TARGETS_FILE = "test_targets_bop19.json"
-ADD_THRESHOLD = 0.1
-"""A pose is right when its ADD (ADD-S if symmetric) is below this fraction of the diameter (Hinterstoisser 2012)."""
-
 MAX_ADD_S_POINTS = 1000
+CONTINUOUS_STEPS = 72
+"""Turns that stand for an axis of revolution in MSSD and MSPD, 5 degrees apart."""
+
+ELSEWHERE = "elsewhere"
+"""Nothing was refused: the estimate of this object, if any, lies elsewhere."""
+
+OUTRANKED = "outranked"
+"""There is an estimate at the object, but as many others as were asked for score higher."""
 
 
 @dataclass(frozen=True)
@@ -92,122 +120,6 @@ class EvaluationOptions:
             raise ValueError("min_visible must be in 0..1 and match_radius positive.")
 
 
-@dataclass(frozen=True, eq=False)
-class TargetResult:
-    """One labelled object that was asked for, and what was answered.
-
-    image: index in the data set, image_id its number there. truth: the label's pose, or its symmetric equivalent
-    nearest to the estimate. estimate: None when it was missed. add: ADD or ADD-S, m (infinite when missed).
-    keypoint_px: median keypoint error. block_cov: [6, 6] of the same keypoints without their correlations, None where
-    that gives no pose. missed: the reason, "" when found.
-    """
-
-    image: int
-    image_id: int
-    object_name: str
-    visible_fraction: float
-    truth: Pose
-    estimate: PoseEstimate | None
-    add: float
-    correct: bool
-    keypoint_px: float
-    block_delta: FloatArray | None
-    block_cov: FloatArray | None
-    missed: str
-
-
-@dataclass(frozen=True)
-class Score:
-    """Numbers over a set of targets; medians are over the detected ones, NaN when there are none.
-
-    add_recall: share with ADD(-S) below 0.1 diameters, of all targets. detection_rate: share with an estimate at the
-    object. translation_mm, rotation_deg, keypoint_px: medians.
-    """
-
-    targets: int
-    add_recall: float
-    detection_rate: float
-    translation_mm: float
-    rotation_deg: float
-    keypoint_px: float
-
-
-@dataclass(frozen=True, eq=False)
-class EvaluationReport:
-    """Everything that `evaluate_model` found.
-
-    objects: a score per object, overall over all targets. checks: "joint" is the covariance as published,
-    "block_diagonal" the same keypoints without their correlations; empty when nothing was detected. false_alarms:
-    estimates of no labelled object. missed: reasons and how often. latency_ms: p50 and p95 per image (oracle: per
-    crop), and what they are of.
-    """
-
-    model: str
-    dataset: str
-    options: EvaluationOptions
-    backend: str
-    images: int
-    overall: Score
-    objects: dict[str, Score]
-    checks: dict[str, PoseCheck]
-    false_alarms: int
-    missed: dict[str, int]
-    latency_ms: dict[str, float]
-    results: tuple[TargetResult, ...] = field(repr=False, default=())
-    squares: dict[str, dict[str, FloatArray]] = field(repr=False, default_factory=dict)
-
-    def as_data(self) -> dict[str, Any]:
-        """Return the report as plain data for JSON, without the single covariances."""
-        names = ("model", "dataset", "backend", "images", "false_alarms", "missed", "latency_ms")
-        data: dict[str, Any] = {name: getattr(self, name) for name in names}
-        data["options"] = asdict(self.options)
-        data["overall"] = asdict(self.overall)
-        data["objects"] = {name: asdict(score) for name, score in self.objects.items()}
-        data["checks"] = {name: asdict(check) for name, check in self.checks.items()}
-        data["targets"] = [
-            {
-                "image_id": item.image_id,
-                "object": item.object_name,
-                "visible": item.visible_fraction,
-                "add_m": item.add if np.isfinite(item.add) else None,
-                "correct": item.correct,
-                "score": None if item.estimate is None else item.estimate.score,
-                "missed": item.missed,
-            }
-            for item in self.results
-        ]
-        return data
-
-    def table(self) -> str:
-        """Return the report as text."""
-        lines = [
-            f"{self.model} on {self.dataset}: {self.images} images, crops {self.options.crops}, {self.backend}",
-            f"{'object':20} targets  ADD-0.1d  detected   t mm  rot deg  keypoint px",
-        ]
-        for name, score in [*self.objects.items(), ("all", self.overall)]:
-            lines.append(
-                f"{name:20} {score.targets:7d} {100 * score.add_recall:8.1f}% {100 * score.detection_rate:8.1f}% "
-                f"{score.translation_mm:6.1f} {score.rotation_deg:8.2f} {score.keypoint_px:12.2f}"
-            )
-        if self.checks:
-            lines.append(
-                f"{'covariance':20}   NEES  median  cov95: pose    xy     z   rot   s_xy mm   s_z mm  s_rot deg     NLL"
-            )
-        for name, check in self.checks.items():
-            shares = " ".join(f"{100 * check.coverage[part][0.95]:5.1f}" for part in PARTS)
-            lines.append(
-                f"{name:20} {check.nees:6.1f} {check.nees_median:7.1f}         {shares} {check.sigma_xy_mm:9.2f} "
-                f"{check.sigma_z_mm:8.2f} {check.sigma_rotation_deg:10.2f} {check.nll:7.2f}"
-            )
-        if self.checks:
-            lines.append("xy, z: along the camera's x, y and z axes; NEES 6 (median 5.3) and 95 % are expected")
-        reasons = ", ".join(f"{reason} {count}" for reason, count in self.missed.items()) or "none"
-        lines.append(f"missed: {reasons}; false alarms: {self.false_alarms}")
-        unit = "crop" if self.options.crops == "oracle" else "image"
-        lines.append(f"latency per {unit}: p50 {self.latency_ms['p50']:.1f} ms, p95 {self.latency_ms['p95']:.1f} ms")
-        return "\n".join(lines)
-
-
 def evaluate_model(
     model: Path | str,
     dataset: Path | str,
@@ -249,6 +161,7 @@ class _Judge:
     ) -> None:
         self.data, self.estimator, self.options = data, estimator, options
         self.results: list[TargetResult] = []
+        self.answers: list[Answers] = []
         self.latencies: list[float] = []
         self.false_alarms = 0
         known = {data.name(i): i for i in data.object_ids}
@@ -260,13 +173,15 @@ class _Judge:
         self.objects: dict[str, ObjectModel] = {}
         self.indices: dict[str, int] = {}
         self.points: dict[str, FloatArray] = {}
+        self.motions: dict[str, list[Pose]] = {}
         for index, model in enumerate(objects):
             if model.name in known:
                 # The data set's own symmetries decide how it is scored.
                 symmetries = data.symmetries(known[model.name])
                 self.objects[model.name] = replace(model, symmetries=symmetries)
                 self.indices[model.name] = index
-                self.points[model.name] = data.mesh(known[model.name]).vertices
+                self.points[model.name] = data.mesh(known[model.name], evaluation=True).vertices
+                self.motions[model.name] = symmetries.poses(continuous_steps=CONTINUOUS_STEPS)
         self.counts = self._target_counts()
 
     def _target_counts(self) -> dict[tuple[int, int, str], int] | None:
@@ -300,22 +215,74 @@ class _Judge:
             left[label.object_name] -= 1
         return out
 
-    def record(self, index: int, view: View, label: ObjectLabel, answer: PoseEstimate | None, missed: str) -> None:
-        """Score one target and keep the result."""
+    def errors(self, view: View, estimate: PoseEstimate, label: ObjectLabel) -> dict[str, float]:
+        """Return an estimate's error against a label by every metric of the protocol."""
         name = label.object_name
-        model, points = self.objects[name], self.points[name]
-        truth, distance, keypoint_px = label.T_camera_object, np.inf, np.nan
+        model, points, motions = self.objects[name], self.points[name], self.motions[name]
+        pose, truth = estimate.T_camera_object, label.T_camera_object
+        if model.symmetries:
+            distance = add_s(pose, truth, points[:: max(1, len(points) // MAX_ADD_S_POINTS)])
+        else:
+            distance = add(pose, truth, points)
+        pinhole = view.camera.pinhole()
+        alike = nearest(truth, pose, model.symmetries)
+        return {
+            "add": distance / model.diameter,
+            "add_m": distance,
+            "mssd": mssd(pose, truth, points, motions) / model.diameter,
+            "mspd": mspd(pose, truth, points, pinhole, motions) * 640.0 / view.camera.width,
+            "projection": projection_error(pose, alike, points, pinhole),
+        }
+
+    def answer(
+        self, view: View, name: str, labels: Sequence[ObjectLabel], estimates: Sequence[PoseEstimate]
+    ) -> tuple[FloatArray, set[int]]:
+        """Keep the errors of the answers for one object in one image, as many best-scored ones as labels asked for.
+
+        Returns ADD(-S) in m [E, T] and the positions of the labels that are right.
+        """
+        best = sorted(estimates, key=lambda item: -item.score)[: len(labels)]
+        errors = [[self.errors(view, estimate, label) for label in labels] for estimate in best]
+        matrices: dict[str, FloatArray] = {
+            metric: np.array([[cell[metric] for cell in row] for row in errors]).reshape(len(best), len(labels))
+            for metric in METRICS
+        }
+        answers = Answers(name, len(labels), matrices)
+        self.answers.append(answers)
+        right = {column for _, column in matches(answers.errors["add"], ADD_THRESHOLD)}
+        return answers.errors["add_m"], right
+
+    def record(
+        self,
+        index: int,
+        view: View,
+        label: ObjectLabel,
+        answer: PoseEstimate | None,
+        distance: float,
+        correct: bool,
+        missed: str,
+    ) -> None:
+        """Keep the result of one target; ``distance`` is its ADD(-S), m."""
+        model = self.objects[label.object_name]
+        truth, keypoint_px, doubt = label.T_camera_object, np.nan, np.nan
         block_delta, block_cov = None, None
+        squares: FloatArray = np.zeros(0)
+        nll: FloatArray = np.zeros(0)
+        true_xy = view.camera.project(truth.transform(model.keypoints_3d))
+        size = float(np.ptp(true_xy, axis=0).max())
         if answer is not None:
-            truth = nearest_truth(answer.T_camera_object, truth, model)
-            symmetric = bool(model.symmetries.discrete or model.symmetries.continuous)
-            few = points[:: max(1, len(points) // MAX_ADD_S_POINTS)]
-            pose = answer.T_camera_object
-            distance = add_s(pose, truth, few) if symmetric else add(pose, truth, points)
+            truth = nearest(truth, answer.T_camera_object, model.symmetries)
             true_xy = view.camera.project(truth.transform(model.keypoints_3d))
             keypoint_px = float(np.median(np.linalg.norm(answer.keypoints.xy - true_xy, axis=1)))
+            squares = nees(true_xy - answer.keypoints.xy, answer.keypoints.blocks())
+            nll = pose_nll(true_xy - answer.keypoints.xy, answer.keypoints.blocks())
+            doubt = predicted_error(answer, model) / model.diameter
             alone = solve_pnp(
-                model.keypoints_3d, independent(answer.keypoints), view.camera, self.estimator.options.pnp, pose
+                model.keypoints_3d,
+                independent(answer.keypoints),
+                view.camera,
+                self.estimator.options.pnp,
+                answer.T_camera_object,
             )
             if not isinstance(alone, Rejection):
                 block_delta, block_cov = truth.minus(alone.T_camera_object), alone.cov
@@ -323,18 +290,26 @@ class _Judge:
             TargetResult(
                 image=index,
                 image_id=self.data.images[index].image_id,
-                object_name=name,
+                object_name=label.object_name,
                 visible_fraction=label.visible_fraction,
+                size_px=size,
                 truth=truth,
                 estimate=answer,
                 add=distance,
-                correct=distance < ADD_THRESHOLD * model.diameter,
+                correct=correct,
                 keypoint_px=keypoint_px,
+                keypoint_squares=squares,
+                keypoint_nll=nll,
+                doubt=doubt,
                 block_delta=block_delta,
                 block_cov=block_cov,
                 missed=missed,
             )
         )
+
+    def cause(self, item: TargetResult) -> str:
+        """Return why a target is wrong or missing, "" when it is right."""
+        return cause_of(item, self.objects[item.object_name])
 
     def report(self, model: str, dataset: str, images: int) -> EvaluationReport:
         """Return the report on everything recorded."""
@@ -357,11 +332,27 @@ class _Judge:
             options=self.options,
             backend=self.estimator.backend_name,
             images=images,
-            overall=_score(self.results),
-            objects={name: _score([r for r in self.results if r.object_name == name]) for name in self.objects},
+            overall=score_of(self.results, self.answers),
+            objects={
+                name: score_of(
+                    [r for r in self.results if r.object_name == name],
+                    [a for a in self.answers if a.object_name == name],
+                )
+                for name in self.objects
+            },
             checks=checks,
             false_alarms=self.false_alarms,
             missed=dict(Counter(item.missed for item in self.results if item.missed).most_common()),
+            causes=dict(Counter(cause for cause in map(self.cause, self.results) if cause).most_common()),
+            detection=detection_rates(self.results),
+            risk=tuple(
+                risk_coverage(
+                    np.array([item.doubt for item, _ in found]),
+                    np.array([item.correct for item, _ in found], dtype=bool),
+                    len(self.results),
+                )
+            ),
+            keypoints=keypoint_check(self.results),
             latency_ms={"p50": float(np.percentile(latencies, 50)), "p95": float(np.percentile(latencies, 95))},
             results=tuple(self.results),
             squares=squares,
@@ -374,13 +365,24 @@ def _run_estimator(judge: _Judge, index: int) -> None:
     result = judge.estimator.estimate(View(view.image, view.camera))
     judge.latencies.append(result.timings_ms["total"])
     labels = judge.labels(index, view)
-    answers, free = match_estimates(view, [label for label, _ in labels], result.estimates, judge)
+    near, free = match_estimates(view, [label for label, _ in labels], result.estimates, judge)
     judge.false_alarms += free
     reasons = {r.object_name: r.reason.value for r in reversed(result.rejections)}
-    for (label, asked), answer in zip(labels, answers, strict=True):
-        if asked:
-            why = reasons.get(label.object_name, reasons.get("", "elsewhere"))
-            judge.record(index, view, label, answer, "" if answer is not None else why)
+    for name in judge.objects:
+        mine = [(label, answer) for (label, asked), answer in zip(labels, near, strict=True)
+                if asked and label.object_name == name]  # fmt: skip
+        if not mine:
+            continue
+        own = sorted((e for e in result.estimates if e.object_name == name), key=lambda item: -item.score)
+        counted = own[: len(mine)]
+        distances, right = judge.answer(view, name, [label for label, _ in mine], own)
+        for column, (label, answer) in enumerate(mine):
+            row = next((i for i, estimate in enumerate(counted) if estimate is answer), None)
+            if row is not None:
+                judge.record(index, view, label, answer, float(distances[row, column]), column in right, "")
+            else:
+                missed = OUTRANKED if answer is not None else reasons.get(name, reasons.get("", ELSEWHERE))
+                judge.record(index, view, label, None, float("inf"), False, missed)
 
 
 def _run_oracle(judge: _Judge, index: int) -> None:
@@ -398,10 +400,13 @@ def _run_oracle(judge: _Judge, index: int) -> None:
             if instance is not None:
                 answer = judge.estimator.solve(view.camera, instance)
         judge.latencies.append(1e3 * (time.perf_counter() - start))
+        estimates = [answer] if isinstance(answer, PoseEstimate) else []
+        distances, right = judge.answer(view, label.object_name, [label], estimates)
         if isinstance(answer, PoseEstimate):
-            judge.record(index, view, label, answer, "")
+            judge.record(index, view, label, answer, float(distances[0, 0]), 0 in right, "")
         else:
-            judge.record(index, view, label, None, "nothing_found" if answer is None else answer.reason.value)
+            missed = "nothing_found" if answer is None else answer.reason.value
+            judge.record(index, view, label, None, float("inf"), False, missed)
 
 
 def match_estimates(
@@ -430,7 +435,7 @@ def match_estimates(
 
 def _image_distance(view: View, estimate: PoseEstimate, label: ObjectLabel, model: ObjectModel) -> float:
     """Return the median keypoint distance over the longer side of the label's box; infinite when it is not seen."""
-    truth = nearest_truth(estimate.T_camera_object, label.T_camera_object, model)
+    truth = nearest(label.T_camera_object, estimate.T_camera_object, model.symmetries)
     xy = view.camera.project(truth.transform(model.keypoints_3d))
     found = view.camera.project(estimate.T_camera_object.transform(model.keypoints_3d))
     if not (np.isfinite(xy).all() and np.isfinite(found).all()):
@@ -438,58 +443,7 @@ def _image_distance(view: View, estimate: PoseEstimate, label: ObjectLabel, mode
     return float(np.median(np.linalg.norm(found - xy, axis=1)) / max(np.ptp(xy, axis=0).max(), 1.0))
 
 
-def nearest_truth(estimate: Pose, truth: Pose, model: ObjectModel) -> Pose:
-    """Return the pose among the symmetric equivalents of ``truth`` that is nearest to the estimate."""
-    motions = model.symmetries.poses(continuous_steps=72)
-    if len(motions) == 1:
-        return truth
-    return min((truth @ motion for motion in motions), key=lambda pose: mssd(estimate, pose, model.keypoints_3d))
-
-
 def independent(keypoints: Keypoints) -> Keypoints:
     """Return the keypoints as if their errors had nothing in common: the same 2x2 blocks, zero between them."""
     mask = np.kron(np.eye(len(keypoints)), np.ones((2, 2)))
     return Keypoints(keypoints.xy, keypoints.cov * mask, keypoints.score)
-
-
-def _score(results: Sequence[TargetResult]) -> Score:
-    """Return the numbers over some targets."""
-    found = [(item, item.estimate.T_camera_object) for item in results if item.estimate is not None]
-    count = len(results)
-
-    def median(values: list[float]) -> float:
-        return float(np.median(values)) if values else float("nan")
-
-    return Score(
-        targets=count,
-        add_recall=sum(item.correct for item in results) / count if count else float("nan"),
-        detection_rate=len(found) / count if count else float("nan"),
-        translation_mm=median([1e3 * translation_error(pose, item.truth) for item, pose in found]),
-        rotation_deg=median([rotation_error_deg(pose, item.truth) for item, pose in found]),
-        keypoint_px=median([item.keypoint_px for item, _ in found]),
-    )
-
-
-def write_report(report: EvaluationReport, data: BopDataset, objects: Sequence[ObjectModel], out: Path) -> None:
-    """Write report.txt, report.json, summary.png and contact sheets into a folder, each by rename."""
-    from ukd_ros.distillation.pictures import contact_sheet, draw_summary, encode_png  # brings matplotlib
-
-    out.mkdir(parents=True, exist_ok=True)
-    write_bytes(out / "report.txt", (report.table() + "\n").encode())
-    write_bytes(out / "report.json", json.dumps(_without_nan(report.as_data()), indent=1, allow_nan=False).encode())
-    ordered = sorted(report.results, key=lambda item: item.add)
-    for name, chosen in (("best", ordered[:20]), ("worst", ordered[::-1][:20])):
-        if chosen:
-            write_bytes(out / f"{name}.png", encode_png(contact_sheet(chosen, data, objects)))
-    write_bytes(out / "summary.png", draw_summary(report, {model.name: model.diameter for model in objects}))
-
-
-def _without_nan(value: Any) -> Any:
-    """Return plain data with None for what is not a finite number: JSON has no NaN."""
-    if isinstance(value, Mapping):
-        return {str(key): _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value

@@ -24,7 +24,7 @@ from ukd_ros.perception.crop import square_crop
 from ukd_ros.perception.votes import keypoint_box
 
 if TYPE_CHECKING:
-    from ukd_ros.distillation.evaluate import EvaluationReport, TargetResult
+    from ukd_ros.distillation.scores import EvaluationReport, TargetResult
 
 Image = npt.NDArray[np.uint8]
 
@@ -113,10 +113,12 @@ def encode_png(image: Image) -> bytes:
 
 
 def draw_summary(report: EvaluationReport, diameters: Mapping[str, float]) -> bytes:
-    """Return a PNG: recall over the threshold, error against visibility, reliability, predicted against true error."""
-    figure = Figure(figsize=(11, 8), layout="constrained")
+    """Return a PNG: recall over the threshold, error against visibility, detection, what refusing the doubtful buys,
+    reliability, and predicted against true error.
+    """
+    figure = Figure(figsize=(15, 8), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2)
+    axes = figure.subplots(2, 3)
     ratios = np.array([item.add / diameters[item.object_name] for item in report.results])
     visible = np.array([item.visible_fraction for item in report.results])
     _plot_recall(axes[0, 0], ratios, report)
@@ -126,8 +128,10 @@ def draw_summary(report: EvaluationReport, diameters: Mapping[str, float]) -> by
     axes[0, 1].axhline(0.1, color="grey", lw=0.8)
     axes[0, 1].set(xlabel="visible fraction", ylabel="ADD(-S) / diameter", title="error against visibility")
     axes[0, 1].legend()
+    _plot_detection(axes[0, 2], report)
     _plot_reliability(axes[1, 0], report)
     _plot_sigma(axes[1, 1], report)
+    _plot_risk(axes[1, 2], report)
     figure.suptitle(f"{report.model} on {report.dataset}, crops {report.options.crops}")
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=90)
@@ -142,6 +146,25 @@ def _plot_recall(axes: Axes, ratios: FloatArray, report: EvaluationReport) -> No
     axes.axvline(0.1, color="grey", lw=0.8)
     title = f"ADD-0.1d {100 * report.overall.add_recall:.1f} %, detected {100 * report.overall.detection_rate:.1f} %"
     axes.set(xlabel="threshold / diameter", ylabel="recall, %", ylim=(0, 100), title=title)
+
+
+def _plot_detection(axes: Axes, report: EvaluationReport) -> None:
+    """Plot the share of targets with an estimate at the object, by visible fraction and apparent size."""
+    bars = [item for bins in report.detection.values() for item in bins.items()]
+    rows = [(f"{name}\n(n={count})", share) for name, (share, count) in bars]
+    colours = [c for c, bins in zip(("C0", "C1"), report.detection.values(), strict=False) for _ in bins]
+    axes.bar(range(len(rows)), [100 * share for _, share in rows], color=colours)
+    axes.set_xticks(range(len(rows)), [name for name, _ in rows], fontsize=7)
+    title = "detected, by " + " and by ".join(report.detection)
+    axes.set(ylabel="detected, %", ylim=(0, 100), title=title)
+
+
+def _plot_risk(axes: Axes, report: EvaluationReport) -> None:
+    """Plot how right the answers are that remain when the most uncertain are refused."""
+    if report.risk:
+        axes.plot([100 * p.kept for p in report.risk], [100 * p.accuracy for p in report.risk], ".-")
+    axes.set(xlabel="surest answers kept, % of targets", ylabel="of them right (ADD-0.1d), %", ylim=(0, 100))
+    axes.set(xlim=(0, 100), title="what refusing the doubtful buys")
 
 
 def _plot_reliability(axes: Axes, report: EvaluationReport) -> None:

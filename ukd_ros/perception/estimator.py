@@ -16,7 +16,9 @@ import numpy as np
 from ukd_ros.geometry.arrays import FloatArray
 from ukd_ros.geometry.camera import Camera
 from ukd_ros.geometry.estimate import PoseEstimate, Rejection, RejectReason
+from ukd_ros.geometry.object_model import ObjectModel
 from ukd_ros.geometry.pose import Pose
+from ukd_ros.geometry.symmetry import canonical, covariance_at, nearest, with_free_turns
 from ukd_ros.geometry.view import View
 from ukd_ros.perception.backends import Backend, open_backend
 from ukd_ros.perception.crop import letterbox, square_crop
@@ -332,7 +334,8 @@ class PoseEstimator:
         lost: list[tuple[Track, Rejection]] = []
         for track in self._book.alive():
             model = self.objects[track.object_index]
-            expected = track.predict(view.stamp_ns, self.options.constant_velocity)
+            # the network names one of the poses that look alike; what was published may be another
+            expected = canonical(track.predict(view.stamp_ns, self.options.constant_velocity), model.symmetries)
             xy = view.camera.project(expected.transform(model.keypoints_3d))
             answer: PoseEstimate | Rejection = Rejection(
                 RejectReason.LOST, f"instance {track.instance} is not seen where it is expected", model.name
@@ -342,6 +345,7 @@ class PoseEstimator:
                 if instance is not None:
                     answer = self.solve(view.camera, instance, expected)
             if isinstance(answer, PoseEstimate) and not self._duplicate(answer, estimates):
+                answer = _named_like(answer, track.pose, model)
                 track.see(answer.T_camera_object, view.stamp_ns)
                 estimates.append(replace(answer, instance=track.instance))
                 continue
@@ -366,16 +370,16 @@ class PoseEstimator:
             if isinstance(answer, Rejection):
                 rejections.append(answer)
             elif not self._duplicate(answer, estimates):
-                estimates.append(replace(answer, instance=self._number(view, candidate.class_index, answer, numbers)))
+                estimates.append(self._numbered(view, candidate.class_index, answer, numbers))
 
-    def _number(self, view: View, class_index: int, estimate: PoseEstimate, numbers: dict[int, int]) -> int:
-        """Return the instance number of a newly found object: a track's when tracking, else counted in the frame."""
+    def _numbered(self, view: View, class_index: int, estimate: PoseEstimate, numbers: dict[int, int]) -> PoseEstimate:
+        """Return a newly found object with its instance number: a track's when tracking, else counted in the frame."""
         if not self.options.tracking:
             numbers[class_index] += 1
-            return numbers[class_index] - 1
+            return replace(estimate, instance=numbers[class_index] - 1)
         model = self.objects[class_index]
         track = self._book.assign(class_index, model, estimate.T_camera_object, view.stamp_ns, view.camera)
-        return track.instance
+        return _named_like(replace(estimate, instance=track.instance), track.pose, model)
 
     def solve(self, camera: Camera, instance: VoteInstance, initial: Pose | None = None) -> PoseEstimate | Rejection:
         """Return the gated pose of one instance given in full-image pixels; ``initial`` is where it was expected."""
@@ -394,7 +398,7 @@ class PoseEstimator:
             object_name=model.name,
             instance=0,
             T_camera_object=solution.T_camera_object,
-            cov=solution.cov,
+            cov=with_free_turns(solution.cov, solution.T_camera_object, model.symmetries),
             score=instance.score,
             keypoints=instance.keypoints,
             inliers=solution.inliers,
@@ -448,6 +452,15 @@ class PoseEstimator:
             yield
         finally:
             self._spent[stage] = self._spent.get(stage, 0.0) + time.perf_counter() - start
+
+
+def _named_like(estimate: PoseEstimate, reference: Pose, model: ObjectModel) -> PoseEstimate:
+    """Return the estimate with that of its equivalent poses that is nearest to ``reference``: nothing spins."""
+    if not model.symmetries:
+        return estimate
+    pose = nearest(estimate.T_camera_object, reference, model.symmetries)
+    cov = covariance_at(estimate.cov, estimate.T_camera_object, pose)
+    return replace(estimate, T_camera_object=pose, cov=cov)
 
 
 def _longer_side(box: FloatArray) -> float:

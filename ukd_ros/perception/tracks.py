@@ -11,6 +11,7 @@ from ukd_ros.geometry.arrays import FloatArray
 from ukd_ros.geometry.camera import Camera
 from ukd_ros.geometry.object_model import ObjectModel
 from ukd_ros.geometry.pose import Pose
+from ukd_ros.geometry.symmetry import nearest
 
 _LONGEST_EXTRAPOLATION = 2.0
 _FRAMES_KEPT = 30
@@ -91,7 +92,7 @@ class TrackBook:
         """Give a newly found object the identity of a missing track close to it, or else the lowest free number."""
         track = self._missing_near(object_index, model, pose, camera)
         if track is not None:
-            track.see(pose, stamp_ns)
+            track.see(nearest(pose, track.pose, model.symmetries) if model.symmetries else pose, stamp_ns)
             track.before = None  # a motion across a gap is no velocity
             return track
         taken = {track.instance for track in self._tracks if track.object_index == object_index and track.missed == 0}
