@@ -104,11 +104,12 @@ def _pixel(xy: FloatArray) -> tuple[int, int] | None:
     return round(float(xy[0])), round(float(xy[1]))
 
 
-def encode_png(image: Image) -> bytes:
-    """Return an RGB image as a PNG file."""
-    ok, data = cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+def encode_image(image: Image, kind: str) -> bytes:
+    """Return an RGB image as a file, png or jpeg."""
+    suffix = {"png": ".png", "jpeg": ".jpg"}[kind]
+    ok, data = cv2.imencode(suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     if not ok:
-        raise RuntimeError("OpenCV could not encode a picture as PNG.")
+        raise RuntimeError(f"OpenCV could not encode a picture as {kind}.")
     return bytes(data.tobytes())
 
 

@@ -33,31 +33,30 @@ def write_report(report: EvaluationReport, data: BopDataset, objects: Sequence[O
 
     The page needs nothing beside it: its pictures are inside.
     """
-    from ukd_ros.distillation.pictures import contact_sheet, draw_summary, encode_png  # brings matplotlib
+    from ukd_ros.distillation.pictures import contact_sheet, draw_summary, encode_image  # brings matplotlib
 
     out.mkdir(parents=True, exist_ok=True)
     write_bytes(out / "report.txt", (report.table() + "\n").encode())
     write_bytes(out / "report.json", json.dumps(_without_nan(report.as_data()), indent=1, allow_nan=False).encode())
     ordered = sorted(report.results, key=lambda item: item.add)
-    pictures = {}
     for name, chosen in (("best", ordered[:20]), ("worst", ordered[::-1][:20])):
         if chosen:
-            pictures[name] = encode_png(contact_sheet(chosen, data, objects))
-            write_bytes(out / f"{name}.png", pictures[name])
+            write_bytes(out / f"{name}.png", encode_image(contact_sheet(chosen, data, objects), "png"))
     summary = draw_summary(report, {model.name: model.diameter for model in objects})
     write_bytes(out / "summary.png", summary)
     models = {model.name: model for model in objects}
-    sections = [_section("Summary", "", summary)]
+    sections = [_section("Summary", "", summary, "png")]
     for cause, meaning in CAUSES.items():
         items = [item for item in reversed(ordered) if cause_of(item, models[item.object_name]) == cause]
         if items:
             title = f"{cause}: {len(items)} of {len(report.results)}"
             # among those without an estimate the most visible ones are the most telling
             worst = sorted(items, key=lambda i: (-i.add if np.isfinite(i.add) else 0.0, -i.visible_fraction))
-            sheet = encode_png(contact_sheet(worst[:ATLAS_TILES], data, objects))
-            sections.append(_section(title, meaning, sheet))
-    if "best" in pictures:
-        sections.append(_section("The best", "", pictures["best"]))
+            sheet = contact_sheet(worst[:ATLAS_TILES], data, objects)
+            sections.append(_section(title, meaning, encode_image(sheet, "jpeg"), "jpeg"))
+    if ordered:
+        sheet = contact_sheet(ordered[:ATLAS_TILES], data, objects)
+        sections.append(_section("The best", "", encode_image(sheet, "jpeg"), "jpeg"))
     write_bytes(out / "report.html", _page(report, sections).encode())
 
 
@@ -88,11 +87,11 @@ def _row(tag: str, cells: Sequence[str]) -> str:
     return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
-def _section(title: str, text: str, png: bytes) -> str:
-    """Return a heading, a line and a picture that is inside the page."""
-    picture = base64.b64encode(png).decode()
+def _section(title: str, text: str, image: bytes, kind: str) -> str:
+    """Return a heading, a line and a picture (png or jpeg) that is inside the page."""
+    picture = base64.b64encode(image).decode()
     alt = escape(title)
-    return f'<h2>{alt}</h2><p>{escape(text)}</p><img alt="{alt}" src="data:image/png;base64,{picture}">'
+    return f'<h2>{alt}</h2><p>{escape(text)}</p><img alt="{alt}" src="data:image/{kind};base64,{picture}">'
 
 
 def _without_nan(value: Any) -> Any:
