@@ -26,6 +26,7 @@ from ukd_ros.distillation.calibrate import (  # noqa: E402
     match,
     write_report,
 )
+from ukd_ros.distillation.corrections import fit_doubt, fit_shrinkage  # noqa: E402
 from ukd_ros.distillation.error_model import ErrorSamples  # noqa: E402
 from ukd_ros.geometry.keypoints import Keypoints  # noqa: E402
 from ukd_ros.geometry.object_model import ObjectModel, Symmetries  # noqa: E402
@@ -185,7 +186,7 @@ def test_the_shrinkage_of_a_doubtful_network_is_found(rng: np.random.Generator) 
         jacobian=np.zeros((n, 2 * count, 6)),
         view=np.arange(n),
     )
-    shrinkage = module.fit_shrinkage(samples)
+    shrinkage = fit_shrinkage(samples)
     assert shrinkage == pytest.approx(0.5, abs=0.08)
     repaired = np.array([unshrunk(xy, block, shrinkage) for xy, block in zip(found, blocks, strict=True)])
     size = np.linalg.norm(repaired - repaired.mean(1, keepdims=True), axis=(1, 2)) / np.linalg.norm(
@@ -207,7 +208,7 @@ def test_doubt_that_grows_faster_than_predicted_is_found(rng: np.random.Generato
     error = rng.normal(0.0, 1.0, (n, 2 * count)) * np.sqrt(blocks[:, 0, 0, 0] * factor)[:, None]
     jacobian = rng.normal(0.0, 300.0, (n, 2 * count, 6))
     samples = ErrorSamples(error, blocks, np.ones((n, count)), xy, jacobian, np.arange(n))
-    exponent, reference = module.fit_doubt(samples, share)
+    exponent, reference = fit_doubt(samples, share)
     assert exponent == pytest.approx(0.8, abs=0.1)
     assert reference == pytest.approx(float(np.exp(np.log(share).mean())))
     calibration = Calibration(doubt_exponent=exponent, doubt_reference=reference)

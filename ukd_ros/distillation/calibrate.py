@@ -23,42 +23,42 @@ from tqdm import tqdm
 
 from ukd_ros.data.bop import BopDataset
 from ukd_ros.data.dataset import LabelledViews
+from ukd_ros.distillation.corrections import (
+    Match,
+    corrected,
+    error_samples,
+    fit_doubt,
+    fit_shrinkage,
+    recalibrated,
+    shares_of,
+    spread,
+)
 from ukd_ros.distillation.error_model import (
     PARTS,
     CrossFit,
-    ErrorSamples,
     HeldOut,
-    SharedErrors,
-    capped_nll,
     choose,
     cover,
     cross_fit,
 )
+from ukd_ros.distillation.pose_check import PoseCheck, pose_check
 from ukd_ros.distillation.reliability import draw_reliability
 from ukd_ros.geometry.arrays import FloatArray
 from ukd_ros.geometry.camera import Camera
 from ukd_ros.geometry.estimate import Rejection
-from ukd_ros.geometry.keypoints import Keypoints
-from ukd_ros.geometry.metrics import coverage, expected_calibration_error, nees
 from ukd_ros.geometry.object_model import ObjectModel
 from ukd_ros.geometry.pose import Pose
 from ukd_ros.geometry.view import LabelledView
 from ukd_ros.perception.bundle import find_model, load_bundle, update_calibration
 from ukd_ros.perception.estimator import EstimatorOptions, PoseEstimator
-from ukd_ros.perception.pnp import projection_jacobian
 from ukd_ros.perception.votes import (
     Calibration,
     VoteInstance,
-    joint_covariance,
     keypoint_box,
-    shrink_share,
-    unshrunk,
-    widened,
 )
 
 logger = logging.getLogger(__name__)
 
-LEVELS = (0.5, 0.68, 0.8, 0.9, 0.95, 0.99)
 """Nominal levels whose coverage is reported."""
 
 CROPS = ("locate", "oracle")
@@ -104,16 +104,6 @@ class CalibrationOptions:
 
 
 @dataclass(frozen=True, eq=False)
-class Match:
-    """An instance that the estimator found and the labelled object that it is of, in view number ``view``."""
-
-    instance: VoteInstance
-    truth: Pose
-    camera: Camera
-    view: int
-
-
-@dataclass(frozen=True, eq=False)
 class Collection:
     """What a data set gave: matches, labelled objects sought, and instances of no labelled object."""
 
@@ -121,32 +111,6 @@ class Collection:
     views: int
     labels: int
     unmatched: int
-
-
-@dataclass(frozen=True)
-class PoseCheck:
-    """How the poses of one variant of the covariance compare with the truth.
-
-    poses, rejected: solved, and refused by PnP or the gate. nees: mean normalised squared error (6 expected), its
-    median beside it (5.35 expected). coverage: per part (pose, xy, z, rotation) and level. calibration_error: mean
-    |coverage - level| per part. sigma_xy_mm, sigma_z_mm, sigma_rotation_deg: medians of the predicted standard
-    deviations (sharpness). nll: mean pose negative log-likelihood, nats, with the far tail counted by its logarithm
-    (capped_nll). error_xy_mm, error_z_mm, error_rotation_deg: medians of the errors themselves.
-    """
-
-    poses: int
-    rejected: dict[str, int]
-    nees: float
-    nees_median: float
-    coverage: dict[str, dict[float, float]]
-    calibration_error: dict[str, float]
-    sigma_xy_mm: float
-    sigma_z_mm: float
-    sigma_rotation_deg: float
-    nll: float
-    error_xy_mm: float
-    error_z_mm: float
-    error_rotation_deg: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,10 +208,10 @@ def calibrate(
     options = options or CalibrationOptions()
     found = collect(estimator, views, options, limit, progress)
     shrinkage = fit_shrinkage(error_samples(found.matches, estimator.objects))
-    spread = tuple(_spread(item, shrinkage) for item in found.matches)
-    exponent, reference = fit_doubt(error_samples(spread, estimator.objects), _shares(found.matches))
+    enlarged = tuple(spread(item, shrinkage) for item in found.matches)
+    exponent, reference = fit_doubt(error_samples(enlarged, estimator.objects), shares_of(found.matches))
     correction = Calibration(shrinkage=shrinkage, doubt_exponent=exponent, doubt_reference=reference)
-    found = replace(found, matches=tuple(_corrected(item, correction) for item in found.matches))
+    found = replace(found, matches=tuple(corrected(item, correction) for item in found.matches))
     samples = error_samples(found.matches, estimator.objects)
     joint = _judge(estimator, found.matches, cross_fit(samples, options.folds, with_modes=True))
     blocks = _judge(estimator, found.matches, cross_fit(samples, options.folds, with_modes=False))
@@ -351,88 +315,6 @@ def match(
     return pairs, unmatched
 
 
-def error_samples(matches: Sequence[Match], objects: Sequence[ObjectModel]) -> ErrorSamples:
-    """Return the keypoint errors of the matches with what the error model needs; ValueError when there are none."""
-    if not matches:
-        raise ValueError("No instance matches a label: the model does not know these objects, or is not trained yet.")
-    errors, jacobians = [], []
-    for item in matches:
-        model = objects[item.instance.class_index]
-        pose = item.truth
-        xy, jacobian = projection_jacobian(model.keypoints_3d, pose.rotation, pose.translation, item.camera)
-        errors.append((item.instance.keypoints.xy - xy).reshape(-1))
-        jacobians.append(jacobian.reshape(-1, 6))
-    return ErrorSamples(
-        error=np.array(errors),
-        mean_blocks=np.array([item.instance.mean_blocks for item in matches]),
-        effective_votes=np.array([item.instance.effective_votes for item in matches]),
-        xy=np.array([item.instance.keypoints.xy for item in matches]),
-        jacobian=np.array(jacobians),
-        view=np.array([item.view for item in matches]),
-    )
-
-
-def fit_shrinkage(samples: ErrorSamples) -> float:
-    """Return the shrinkage of `Calibration` at which the median instance is neither too large nor too small.
-
-    An instance's size is the slope of its keypoints on the true ones, both about their centres. The wanted factor
-    less one is proportional to `shrink_share`; the constant is its weighted median, so that gross errors do not count.
-    """
-    true = samples.xy - samples.error.reshape(samples.xy.shape)
-    found = samples.xy - samples.xy.mean(axis=1, keepdims=True)
-    true = true - true.mean(axis=1, keepdims=True)
-    size = (found * true).sum(axis=(1, 2)) / np.maximum((true**2).sum(axis=(1, 2)), 1e-9)
-    share = shrink_share(samples.xy, samples.mean_blocks)
-    wanted = (1.0 / np.clip(size, 0.5, 2.0) - 1.0) / share
-    order = np.argsort(wanted)
-    weight = np.cumsum(np.sqrt(share[order]))
-    middle = int(np.searchsorted(weight, 0.5 * weight[-1]))
-    return float(np.clip(wanted[order[middle]], 0.0, 10.0))
-
-
-def fit_doubt(samples: ErrorSamples, share: FloatArray) -> tuple[float, float]:
-    """Return doubt_exponent and doubt_reference of `Calibration`; share [n]: of each instance, before any correction.
-
-    Squared pose errors in units of their predicted covariance are chi-square distributed up to a factor. Where that
-    factor grows with the share, the slope of its logarithm is the exponent. Linearised poses; a straight line by
-    iterated least squares in which the logarithm of a squared error counts less the further it lies from the line.
-    """
-    reference = float(np.exp(np.mean(np.log(share))))
-    delta, cov = SharedErrors(samples).pose_errors(Calibration())
-    y, x = np.log(np.maximum(nees(delta, cov), 1e-6)), np.log(share / reference)
-    if float(np.var(x)) < 1e-6:
-        return 0.0, reference
-    weight = np.ones_like(x)
-    slope = 0.0
-    for _ in range(10):
-        slope, offset = np.polyfit(x, y, 1, w=np.sqrt(weight))
-        residual = y - slope * x - offset
-        weight = 1.0 / (1.0 + (residual / (2.0 * np.median(np.abs(residual)))) ** 2)
-    return float(np.clip(slope, -2.0, 4.0)), reference
-
-
-def _shares(matches: Sequence[Match]) -> FloatArray:
-    """Return the share [n] of each match; see `shrink_share`."""
-    xy = np.array([item.instance.keypoints.xy for item in matches])
-    return shrink_share(xy, np.array([item.instance.mean_blocks for item in matches]))
-
-
-def _corrected(item: Match, calibration: Calibration) -> Match:
-    """Return the match as the estimator will find it once the shrinkage and the doubt of a calibration are stored."""
-    share = shrink_share(item.instance.keypoints.xy, item.instance.mean_blocks)
-    item = _spread(item, calibration.shrinkage)
-    blocks = widened(item.instance.mean_blocks, share, calibration)
-    return replace(item, instance=replace(item.instance, mean_blocks=blocks))
-
-
-def _spread(item: Match, shrinkage: float) -> Match:
-    """Return the match with its keypoints as the estimator will give them once the shrinkage is stored."""
-    instance = item.instance
-    xy = unshrunk(instance.keypoints.xy, instance.mean_blocks, shrinkage)
-    keypoints = Keypoints(xy, instance.keypoints.cov, instance.keypoints.score)
-    return replace(item, instance=replace(instance, keypoints=keypoints, box=keypoint_box(xy)))
-
-
 @dataclass(frozen=True, eq=False)
 class Judged:
     """A cross-fitted calibration, the check of its solved poses, their NEES per part, and how it was fitted."""
@@ -482,36 +364,6 @@ def check_poses(
         raise ValueError(f"No pose was solved from {len(matches)} matched instances: {dict(rejected)}.")
     check, squares = pose_check(np.array(deltas), np.array(covs), dict(rejected))
     return check, squares, np.array(folds)
-
-
-def recalibrated(instance: VoteInstance, calibration: Calibration) -> VoteInstance:
-    """Return the instance with the covariance that another calibration gives."""
-    points = instance.keypoints
-    cov = joint_covariance(points.xy, instance.mean_blocks, instance.effective_votes, calibration)
-    return replace(instance, keypoints=Keypoints(points.xy, cov, points.score))
-
-
-def pose_check(delta: FloatArray, cov: FloatArray, rejected: dict[str, int]) -> tuple[PoseCheck, dict[str, FloatArray]]:
-    """Return the check of pose errors [n, 6] against covariances [n, 6, 6], and the NEES [n] per part."""
-    squares = {part: nees(delta[:, where], cov[:, where, where]) for part, where in PARTS.items()}
-    sizes = {part: where.stop - where.start for part, where in PARTS.items()}
-    variance = np.diagonal(cov, axis1=1, axis2=2)
-    check = PoseCheck(
-        poses=len(delta),
-        rejected=rejected,
-        nees=float(squares["pose"].mean()),
-        nees_median=float(np.median(squares["pose"])),
-        coverage={p: {level: coverage(squares[p], sizes[p], level) for level in LEVELS} for p in PARTS},
-        calibration_error={p: expected_calibration_error(squares[p], sizes[p]) for p in PARTS},
-        sigma_xy_mm=1e3 * float(np.median(np.sqrt(variance[:, :2].mean(axis=1)))),
-        sigma_z_mm=1e3 * float(np.median(np.sqrt(variance[:, 2]))),
-        sigma_rotation_deg=float(np.degrees(np.median(np.sqrt(variance[:, 3:].mean(axis=1))))),
-        nll=float(capped_nll(delta, cov).mean()),
-        error_xy_mm=1e3 * float(np.median(np.linalg.norm(delta[:, :2], axis=1))),
-        error_z_mm=1e3 * float(np.median(np.abs(delta[:, 2]))),
-        error_rotation_deg=float(np.degrees(np.median(np.linalg.norm(delta[:, 3:], axis=1)))),
-    )
-    return check, squares
 
 
 def write_report(report: CalibrationReport, out: Path) -> None:

@@ -20,8 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ukd_ros.data.bop import BopDataset, BopError
-from ukd_ros.distillation.calibrate import pose_check
 from ukd_ros.distillation.failures import cause_of
+from ukd_ros.distillation.pose_check import pose_check
 from ukd_ros.distillation.protocol import (
     METRICS,
     Answers,

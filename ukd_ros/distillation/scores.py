@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ukd_ros.distillation.calibrate import PoseCheck
 from ukd_ros.distillation.error_model import PARTS
+from ukd_ros.distillation.pose_check import PoseCheck
 from ukd_ros.distillation.protocol import (
     ADD_THRESHOLDS,
     AUC_LIMIT,
