@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from cubes import CUBE, CubeViews
@@ -18,7 +19,8 @@ from ukd_ros.data.augment import AugmentConfig
 from ukd_ros.data.dataset import WindowConfig, WindowDataset
 from ukd_ros.distillation.checkpoint import CheckpointError, load_checkpoint
 from ukd_ros.distillation.export import ExportOptions, export_model
-from ukd_ros.distillation.train import TrainConfig, TrainingDiverged, learning_rate, train
+from ukd_ros.distillation.train import TrainConfig, TrainingDiverged, learning_rate, train, train_on_folders
+from ukd_ros.geometry.pose import Pose
 from ukd_ros.geometry.view import LabelledView
 from ukd_ros.perception.bundle import BundleError
 
@@ -207,3 +209,13 @@ def test_a_run_can_start_from_the_student_of_another_part(
                 torch.testing.assert_close(value, before[name], atol=1e-6, rtol=0, msg=name)
     with pytest.raises(BundleError, match="nowhere"):
         train(replace(TINY, initial=str(tmp_path / "nowhere")), dice, [other], tmp_path / "last", progress=False)
+
+
+def test_a_data_set_without_masks_is_named(tmp_path: Path) -> None:
+    sys.path.insert(0, str(Path(__file__).parent))
+    from test_evaluate import write_dataset
+
+    root = write_dataset(tmp_path / "bop", [[Pose(np.eye(3), np.array([0.0, 0.0, 0.6]))]])
+    with pytest.raises(ValueError, match=r"000003/mask_visib: is missing"):
+        train_on_folders(replace(TINY, keypoints=8), [root], tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()

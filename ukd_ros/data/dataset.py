@@ -25,6 +25,7 @@ from ukd_ros.geometry.object_model import ObjectModel
 from ukd_ros.geometry.pose import Pose, exp_so3
 from ukd_ros.geometry.symmetry import canonical
 from ukd_ros.geometry.view import LabelledView
+from ukd_ros.perception.crop import Crop
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -197,7 +198,8 @@ class WindowDataset:
     ) -> TrainingSample:
         """Warp pixels and labels, then augment the pixels."""
         size = self.config.size
-        image = _warp(frame.image, warp, size)
+        # the estimator's own sampling, so that training sees what the robot will
+        image = Crop(warp, (size, size)).warp(frame.image)
         mask = cv2.warpAffine(
             frame.instances,
             warp,
@@ -253,21 +255,6 @@ class WindowDataset:
 def _order(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
     """Return the shuffled order of one pass over the data."""
     return np.random.default_rng((seed, 0x0E90C4, epoch)).permutation(count)
-
-
-def _warp(image: npt.NDArray[np.uint8], warp: FloatArray, size: int) -> npt.NDArray[np.uint8]:
-    """Warp into a square window without aliasing: where it shrinks a lot, draw twice as large, then average."""
-    grey = (114.0, 114.0, 114.0)
-    if np.sqrt(np.abs(np.linalg.det(warp[:, :2]))) > 0.7:
-        return cv2.warpAffine(  # type: ignore[return-value]
-            image, warp, (size, size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=grey
-        )
-    double = 2.0 * warp
-    double[:, 2] += 0.5  # pixel centres: (c + 0.5) * 2 - 0.5
-    large = cv2.warpAffine(
-        image, double, (2 * size, 2 * size), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=grey
-    )
-    return cv2.resize(large, (size, size), interpolation=cv2.INTER_AREA)  # type: ignore[return-value]
 
 
 def _load_frame(view: LabelledView, models: tuple[ObjectModel, ...]) -> _Frame:

@@ -254,6 +254,13 @@ def train_on_folders(
     folders = [BopDataset(path) for path in datasets]
     if not folders:
         raise ValueError("train: needs at least one BOP-format data set")
+    for folder in folders:
+        labels = folder.labels(0)
+        if labels and labels[0].mask is None:
+            place = folder.images[0].path.parent.parent / "mask_visib"
+            raise ValueError(
+                f"{place}: is missing; training needs every object's visible mask (ukd render writes them)"
+            )
     first = folders[0]
     ids = [first.object_id(name) for name in objects] if objects else list(first.object_ids)
     models = [first.object_model(i, config.keypoints, config.keypoint_kind) for i in ids]

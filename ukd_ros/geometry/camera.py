@@ -124,21 +124,22 @@ class Camera:
         points = np.asarray(points_camera, dtype=np.float64)
         if points.ndim != 2 or points.shape[1] != 3:
             raise ValueError(f"points_camera: has shape {list(points.shape)}, but [any, 3] is needed.")
-        visible = points[:, 2] > MIN_DEPTH
-        inverse_z = 1 / np.where(visible, points[:, 2], np.nan)[:, None]
+        depth = points[:, 2]
+        inverse_z = 1 / np.where(depth > MIN_DEPTH, depth, np.nan)[:, None]
         xy = points[:, :2] * inverse_z
         scale = self.matrix[:2, :2]
         # d(x/z) = (dx - (x/z) dz) / z, then the lens, then the matrix.
         jacobian = np.empty((len(points), 2, 3))
         if self._lens is None:
+            centred = xy @ scale.T
             jacobian[:, :, :2] = scale * inverse_z[:, :, None]
-            jacobian[:, :, 2] = -(xy @ scale.T) * inverse_z
-        else:
-            plane = xy
-            xy, bent = self._lens.distort(plane)
-            bent = scale @ bent * inverse_z[:, :, None]
-            jacobian[:, :, :2] = bent
-            jacobian[:, :, 2] = -(bent @ plane[:, :, None])[:, :, 0]
+            jacobian[:, :, 2] = centred * -inverse_z
+            return centred + self.matrix[:2, 2], jacobian
+        plane = xy
+        xy, bent = self._lens.distort(plane)
+        bent = scale @ bent * inverse_z[:, :, None]
+        jacobian[:, :, :2] = bent
+        jacobian[:, :, 2] = -(bent @ plane[:, :, None])[:, :, 0]
         return xy @ scale.T + self.matrix[:2, 2], jacobian
 
     def _normalised(self, xy: npt.ArrayLike) -> FloatArray:

@@ -107,7 +107,8 @@ def refine(
         iterations += 1
         A = J.T @ J
         try:
-            delta = np.linalg.solve(A + damping * np.diag(np.diag(A)), J.T @ residual)
+            damped = A + damping * np.diag(np.diag(A)) if damping > 0 else A
+            delta = np.linalg.solve(damped, J.T @ residual)
         except np.linalg.LinAlgError:
             if damping > 0:
                 return None
