@@ -8,7 +8,9 @@ than a run that ended there. What is done is kept in RUN/scaling, so an interrup
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import re
 import sys
 import tempfile
@@ -20,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _measuring import machine, table, write  # noqa: E402
 
 OPEN = {"max_sigma_position": 100.0, "max_sigma_rotation_deg": 1000.0, "max_ambiguity": 1.0}
-"""The gates are open: how many poses are right, not how many are sure enough to be published."""
+"""The gates on uncertainty are open; that of the score and the solver's own stay as they are."""
 
 
 def _data(text: str) -> tuple[str, Path, tuple[int, int] | None]:
@@ -43,6 +45,12 @@ def checkpoints(run: Path) -> list[Path]:
     """Return the kept checkpoints of a run, oldest first, the last one being the end of the run."""
     kept = sorted(run.glob("step-*.pt"))
     return [*kept, run / "checkpoint.pt"] if (run / "checkpoint.pt").is_file() else kept
+
+
+def key(step: int, options: argparse.Namespace) -> str:
+    """Return the name under which a checkpoint's result is kept: another question has another name."""
+    asked = [step, options.calibrate, options.calibrate_limit, options.data, options.name, OPEN]
+    return f"{step:06d}-{hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()[:12]}"
 
 
 def measure(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -110,18 +118,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", type=_data, action="append", required=True, metavar="NAME=DIR[:FIRST-LAST]")
     parser.add_argument("--name", type=_renamed, action="append", default=[], metavar="ID=NAME")
     options = parser.parse_args(arguments)
+    from ukd_ros.distillation.checkpoint import load_checkpoint
+
     found = checkpoints(options.run)
     if not found:
         parser.error(f"{options.run}: holds no checkpoint; train with keep_every")
     cache = options.run / "scaling"
     cache.mkdir(exist_ok=True)
-    rows = []
+    results: dict[int, dict[str, Any]] = {}
     for checkpoint in found:
-        kept = cache / f"{checkpoint.stem}.json"
+        step = load_checkpoint(checkpoint).step
+        kept = cache / f"{key(step, options)}.json"
         if not kept.is_file():
             row = measure(checkpoint, options)
-            kept.write_text(json.dumps(row) + "\n", encoding="utf-8")
-        rows.append(json.loads(kept.read_text(encoding="utf-8")))
+            temporary = kept.with_suffix(".new")
+            temporary.write_text(json.dumps(row) + "\n", encoding="utf-8")
+            os.replace(temporary, kept)
+        results[step] = json.loads(kept.read_text(encoding="utf-8"))
+    rows = [results[step] for step in sorted(results)]
     names = [name for name, _, _ in options.data]
     name = f"scaling_{options.run.name}"
     path = write(name, {"machine": machine(), "run": options.run.name, "gates": OPEN, "rows": rows})

@@ -66,6 +66,13 @@ def test_the_area_under_recall_is_a_mean_of_triangles() -> None:
     assert area_under_recall(answers, "add", 0.1) == pytest.approx(0.8 / 3)
 
 
+def test_the_area_follows_the_matching_from_threshold_to_threshold() -> None:
+    # Below 0.01 nothing; up to 0.05 only the second estimate meets label 0, from there the first takes it and the
+    # second has nothing below 0.1: one of two targets is matched over nine tenths.
+    errors = np.array([[0.05, 0.2], [0.01, 0.3]])
+    assert area_under_recall([Answers("a", 2, {"add": errors})], "add", 0.1) == pytest.approx(0.45)
+
+
 def test_nan_is_no_match_and_too_many_estimates_are_refused() -> None:
     assert recall([one(float("nan"))], "add", 10.0) == 0.0
     with pytest.raises(ValueError, match="only the best"):

@@ -123,3 +123,31 @@ def test_an_equivalent_pose_has_the_covariance_of_its_own_origin(rng: np.random.
     scale = np.sqrt(np.diag(expected))
     assert np.abs((seen.T @ seen / len(seen) - expected) / np.outer(scale, scale)).max() < 0.1
     assert np.abs((cov - expected) / np.outer(scale, scale)).max() > 0.2
+
+
+@pytest.mark.parametrize("symmetries", [BOX, CYLINDER], ids=["half turn", "axis"])
+def test_the_same_look_has_the_same_name_anywhere_in_the_image(symmetries: Symmetries) -> None:
+    """Carrying the object around the camera's centre changes where it is seen, not how; nor does rolling the camera."""
+    pose = Pose(exp_so3(np.array([1.9, 0.3, 0.4])), np.array([0.0, 0.0, 0.8]))
+    name = canonical(pose, symmetries)
+    for sideways in (-0.5, 0.2, 0.5):
+        carried = Pose(exp_so3(np.array([0.0, sideways, 0.0])), np.zeros(3))
+        assert canonical(carried @ pose, symmetries).minus(carried @ name) == pytest.approx(np.zeros(6), abs=1e-3)
+    rolled = Pose(exp_so3(np.array([0.0, 0.0, 0.3])), np.zeros(3))
+    away = Pose(pose.rotation, np.array([0.2, -0.1, 0.8]))
+    near = canonical(away, symmetries)
+    again = canonical(rolled @ away, symmetries)
+    # the roll is part of the look, so the name follows it only as far as the nearest member does
+    assert canonical(again, symmetries).minus(again) == pytest.approx(np.zeros(6), abs=1e-7)
+    assert nearest(rolled @ near, again, symmetries).minus(again) == pytest.approx(np.zeros(6), abs=1e-7)
+
+
+def test_an_axis_that_is_not_z_keeps_its_name_in_ordinary_views() -> None:
+    """A screw along x, seen from above and a little tilted: rolling it past half a turn moves its name a little."""
+    screw = Symmetries(continuous=((np.array([1.0, 0, 0]), np.zeros(3)),))
+    names = []
+    for roll in np.radians(np.arange(0.0, 360.0, 2.0)):
+        tilted = exp_so3(np.array([0, 0, roll])) @ exp_so3(np.array([0, np.radians(3.0), 0])) @ np.diag([1.0, -1, -1])
+        names.append(canonical(Pose(tilted, np.array([0, 0, 0.5])), screw))
+    steps = [angle_between(a, b) for a, b in zip(names[:-1], names[1:], strict=True)]
+    assert max(steps) < 0.1

@@ -200,6 +200,10 @@ def test_a_still_cylinder_does_not_spin(relocate_every: int) -> None:
         (estimate,) = estimator.estimate(world.view(frame * 33_000_000)).estimates
         poses.append(estimate.T_camera_object)
         assert estimate.instance == 0
+        # the pixels of a keypoint still belong to its point, under the name the network gave
+        named = estimate.T_camera_keypoints or estimate.T_camera_object
+        shown = VGA.project(named.transform(BOX.keypoints_3d))
+        assert np.abs(shown - estimate.keypoints.xy).max() < 6.0
         turn = estimate.T_camera_object.rotation @ axis
         spread = estimate.cov[3:, 3:]
         assert np.sqrt(turn @ spread @ turn) > 1.5

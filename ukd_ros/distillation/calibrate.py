@@ -48,6 +48,7 @@ from ukd_ros.geometry.camera import Camera
 from ukd_ros.geometry.estimate import Rejection
 from ukd_ros.geometry.object_model import ObjectModel
 from ukd_ros.geometry.pose import Pose
+from ukd_ros.geometry.symmetry import without_free_turns
 from ukd_ros.geometry.view import LabelledView
 from ukd_ros.perception.bundle import find_model, load_bundle, update_calibration
 from ukd_ros.perception.estimator import EstimatorOptions, PoseEstimator
@@ -59,7 +60,8 @@ from ukd_ros.perception.votes import (
 
 logger = logging.getLogger(__name__)
 
-"""Nominal levels whose coverage is reported."""
+FORMS = ("joint", "block_diagonal")
+"""With common modes between the keypoints, and without."""
 
 CROPS = ("locate", "oracle")
 """Where the zoomed crops come from: the locate stage, or the truth with a jitter."""
@@ -120,7 +122,8 @@ class CalibrationReport:
     labels: labelled objects sought; matched of them found; unmatched: instances of no labelled object. way: how the
     shipped calibration was fitted, ways: the held-out scores that chose it (likelihood and pose_level on linearised
     poses; solved and solved_covered, without and with a final scaling to nominal coverage, on poses from PnP).
-    checks: "joint" (shipped), "block_diagonal" (modes 0, refitted), "uncalibrated" (the network's own error bars).
+    checks: "joint", "block_diagonal" (modes 0, refitted), "uncalibrated" (the network's own error bars). form: the one
+    of the first two that is shipped as `calibration`, by coverage and likelihood on held-out views.
     """
 
     model: str
@@ -130,8 +133,8 @@ class CalibrationReport:
     labels: int
     matched: int
     unmatched: int
+    form: str
     calibration: Calibration
-    block_diagonal: Calibration
     way: str
     ways: dict[str, HeldOut]
     checks: dict[str, PoseCheck]
@@ -142,8 +145,7 @@ class CalibrationReport:
         data = {
             item.name: getattr(self, item.name) for item in dataclasses.fields(self) if item.name not in ("squares",)
         }
-        for name in ("calibration", "block_diagonal"):
-            data[name] = {**dataclasses.asdict(data[name]), "modes": data[name].modes.tolist()}
+        data["calibration"] = {**dataclasses.asdict(self.calibration), "modes": self.calibration.modes.tolist()}
         data["ways"] = {name: dataclasses.asdict(score) for name, score in self.ways.items()}
         data["checks"] = {name: dataclasses.asdict(check) for name, check in self.checks.items()}
         return data
@@ -158,6 +160,7 @@ class CalibrationReport:
                 f"{name:16} {check.poses:5d} {check.nees:5.1f}       {shares} {check.sigma_xy_mm:9.2f} "
                 f"{check.sigma_z_mm:8.2f} {check.sigma_rotation_deg:10.2f} {check.nll:7.2f}"
             )
+        rows.append(f"shipped: {self.form} ({self.way})")
         return "\n".join(rows)
 
 
@@ -218,6 +221,8 @@ def calibrate(
     plain = replace(joint.fit, by_fold=(Calibration(),) * options.folds)
     raw = Judged(plain, *check_poses(estimator, found.matches, plain)[:2], way="")
     variants = {"joint": joint, "block_diagonal": blocks, "uncalibrated": raw}
+    # the common modes are kept where they are worth something on views that did not fit them
+    form = choose({name: _score(variants[name].check) for name in FORMS})
     stamped = [
         replace(
             judged.fit.calibration,
@@ -237,10 +242,10 @@ def calibrate(
         labels=found.labels,
         matched=len(found.matches),
         unmatched=found.unmatched,
-        calibration=stamped[0],
-        block_diagonal=stamped[1],
-        way=joint.way,
-        ways=joint.fit.scores,
+        form=form,
+        calibration=stamped[FORMS.index(form)],
+        way=variants[form].way,
+        ways=variants[form].fit.scores,
         checks={name: judged.check for name, judged in variants.items()},
         squares={name: judged.squares for name, judged in variants.items()},
     )
@@ -300,7 +305,7 @@ def match(
             if class_index != instance.class_index:
                 continue
             model = objects[class_index]
-            for motion in model.symmetries.poses():
+            for motion in model.symmetries.poses(continuous_steps=360):
                 pose = truth @ motion
                 xy = camera.project(pose.transform(model.keypoints_3d))
                 distance = float(np.median(np.linalg.norm(xy - instance.keypoints.xy, axis=1)))
@@ -350,7 +355,7 @@ def check_poses(
     Returns the check, the NEES [m] per part and the fold [m] of the poses that were not rejected.
     ValueError when none was solved.
     """
-    deltas, covs, folds = [], [], []
+    deltas, covs, known, free, folds = [], [], [], [], []
     rejected: Counter[str] = Counter()
     for item, fold in zip(matches, fit.fold, strict=True):
         answer = estimator.solve(item.camera, recalibrated(item.instance, fit.by_fold[int(fold)]))
@@ -359,10 +364,13 @@ def check_poses(
             continue
         deltas.append(item.truth.minus(answer.T_camera_object))
         covs.append(answer.cov)
+        symmetries = estimator.objects[item.instance.class_index].symmetries
+        known.append(without_free_turns(answer.cov, answer.T_camera_object, symmetries))
+        free.append(len(symmetries.continuous))
         folds.append(fold)
     if not deltas:
         raise ValueError(f"No pose was solved from {len(matches)} matched instances: {dict(rejected)}.")
-    check, squares = pose_check(np.array(deltas), np.array(covs), dict(rejected))
+    check, squares = pose_check(np.array(deltas), np.array(covs), dict(rejected), free, np.array(known))
     return check, squares, np.array(folds)
 
 
@@ -378,7 +386,7 @@ def write_report(report: CalibrationReport, out: Path) -> None:
 
 def _provenance(report: CalibrationReport) -> dict[str, Any]:
     """Return what model.yaml keeps of a report."""
-    check = report.checks["joint"]
+    check = report.checks[report.form]
     return {
         "data": report.dataset,
         "crops": report.crops,
@@ -386,6 +394,7 @@ def _provenance(report: CalibrationReport) -> dict[str, Any]:
         "labels": report.labels,
         "matched": report.matched,
         "unmatched": report.unmatched,
+        "form": report.form,
         "way": report.way,
         "coverage_95": {part: round(check.coverage[part][0.95], 4) for part in PARTS},
         "nees": round(check.nees, 3),

@@ -52,7 +52,7 @@ from ukd_ros.geometry.metrics import (
 )
 from ukd_ros.geometry.object_model import ObjectModel
 from ukd_ros.geometry.pose import Pose
-from ukd_ros.geometry.symmetry import nearest
+from ukd_ros.geometry.symmetry import nearest, with_free_turns, without_free_turns
 from ukd_ros.geometry.view import LabelledView, ObjectLabel, View
 from ukd_ros.perception.bundle import find_model, load_bundle
 from ukd_ros.perception.estimator import EstimatorOptions, PoseEstimator
@@ -64,8 +64,10 @@ logger = logging.getLogger(__name__)
 CROPS = ("estimator", "oracle")
 TARGETS_FILE = "test_targets_bop19.json"
 MAX_ADD_S_POINTS = 1000
-CONTINUOUS_STEPS = 72
-"""Turns that stand for an axis of revolution in MSSD and MSPD, 5 degrees apart."""
+"""About so many true points ask for the nearest estimated one, which is looked for among all."""
+
+CONTINUOUS_STEPS = 315
+"""Turns that stand for an axis of revolution in MSSD and MSPD: steps that move the farthest point by 0.01 diameters."""
 
 ELSEWHERE = "elsewhere"
 """Nothing was refused: the estimate of this object, if any, lies elsewhere."""
@@ -176,8 +178,8 @@ class _Judge:
         self.motions: dict[str, list[Pose]] = {}
         for index, model in enumerate(objects):
             if model.name in known:
-                # The data set's own symmetries decide how it is scored.
-                symmetries = data.symmetries(known[model.name])
+                # The data set's own symmetries decide how it is scored, where it has any.
+                symmetries = data.symmetries(known[model.name]) or model.symmetries
                 self.objects[model.name] = replace(model, symmetries=symmetries)
                 self.indices[model.name] = index
                 self.points[model.name] = data.mesh(known[model.name], evaluation=True).vertices
@@ -221,7 +223,7 @@ class _Judge:
         model, points, motions = self.objects[name], self.points[name], self.motions[name]
         pose, truth = estimate.T_camera_object, label.T_camera_object
         if model.symmetries:
-            distance = add_s(pose, truth, points[:: max(1, len(points) // MAX_ADD_S_POINTS)])
+            distance = add_s(pose, truth, points, points[:: max(1, len(points) // MAX_ADD_S_POINTS)])
         else:
             distance = add(pose, truth, points)
         pinhole = view.camera.pinhole()
@@ -236,10 +238,10 @@ class _Judge:
 
     def answer(
         self, view: View, name: str, labels: Sequence[ObjectLabel], estimates: Sequence[PoseEstimate]
-    ) -> tuple[FloatArray, set[int]]:
+    ) -> tuple[FloatArray, dict[int, int]]:
         """Keep the errors of the answers for one object in one image, as many best-scored ones as labels asked for.
 
-        Returns ADD(-S) in m [E, T] and the positions of the labels that are right.
+        Returns ADD(-S) in m [E, T], and for each label that is right the row of the estimate that makes it so.
         """
         best = sorted(estimates, key=lambda item: -item.score)[: len(labels)]
         errors = [[self.errors(view, estimate, label) for label in labels] for estimate in best]
@@ -249,7 +251,7 @@ class _Judge:
         }
         answers = Answers(name, len(labels), matrices)
         self.answers.append(answers)
-        right = {column for _, column in matches(answers.errors["add"], ADD_THRESHOLD)}
+        right = {column: row for row, column in matches(answers.errors["add"], ADD_THRESHOLD)}
         return answers.errors["add_m"], right
 
     def record(
@@ -285,7 +287,8 @@ class _Judge:
                 answer.T_camera_object,
             )
             if not isinstance(alone, Rejection):
-                block_delta, block_cov = truth.minus(alone.T_camera_object), alone.cov
+                block_delta = truth.minus(alone.T_camera_object)
+                block_cov = with_free_turns(alone.cov, alone.T_camera_object, model.symmetries)
         self.results.append(
             TargetResult(
                 image=index,
@@ -307,6 +310,20 @@ class _Judge:
             )
         )
 
+    def reason(self, view: View, label: ObjectLabel, rejections: Sequence[Rejection]) -> str:
+        """Return why nothing was answered at a label: a refusal whose keypoints lie there, else one without any."""
+        truth = view.camera.project(label.T_camera_object.transform(self.objects[label.object_name].keypoints_3d))
+        reach = self.options.match_radius * max(float(np.ptp(truth, axis=0).max()), 1.0)
+        anywhere = ELSEWHERE
+        for rejection in rejections:
+            if rejection.object_name not in ("", label.object_name):
+                continue
+            if rejection.keypoints is None:
+                anywhere = rejection.reason.value
+            elif float(np.linalg.norm(np.nanmedian(rejection.keypoints.xy - truth, axis=0))) < reach:
+                return rejection.reason.value
+        return anywhere
+
     def cause(self, item: TargetResult) -> str:
         """Return why a target is wrong or missing, "" when it is right."""
         return cause_of(item, self.objects[item.object_name])
@@ -318,12 +335,27 @@ class _Judge:
         if found:
             delta = np.array([item.truth.minus(estimate.T_camera_object) for item, estimate in found])
             cov = np.array([estimate.cov for _, estimate in found])
-            checks["joint"], squares["joint"] = pose_check(delta, cov, {})
-            blocks = [(i.block_delta, i.block_cov) for i in self.results if i.block_cov is not None]
+            models = [self.objects[item.object_name] for item, _ in found]
+            free = [len(model.symmetries.continuous) for model in models]
+            known = np.array(
+                [
+                    without_free_turns(estimate.cov, estimate.T_camera_object, model.symmetries)
+                    for (_, estimate), model in zip(found, models, strict=True)
+                ]
+            )
+            checks["joint"], squares["joint"] = pose_check(delta, cov, {}, free, known)
+            blocks = [
+                (i.block_delta, i.block_cov, len(self.objects[i.object_name].symmetries.continuous))
+                for i in self.results
+                if i.block_cov is not None
+            ]
             if blocks:
                 refused = {"refused": len(found) - len(blocks)} if len(blocks) < len(found) else {}
                 checks["block_diagonal"], squares["block_diagonal"] = pose_check(
-                    np.array([block[0] for block in blocks]), np.array([block[1] for block in blocks]), refused
+                    np.array([block[0] for block in blocks]),
+                    np.array([block[1] for block in blocks]),
+                    refused,
+                    [block[2] for block in blocks],
                 )
         latencies = np.array(self.latencies or [np.nan])
         return EvaluationReport(
@@ -367,21 +399,23 @@ def _run_estimator(judge: _Judge, index: int) -> None:
     labels = judge.labels(index, view)
     near, free = match_estimates(view, [label for label, _ in labels], result.estimates, judge)
     judge.false_alarms += free
-    reasons = {r.object_name: r.reason.value for r in reversed(result.rejections)}
     for name in judge.objects:
         mine = [(label, answer) for (label, asked), answer in zip(labels, near, strict=True)
                 if asked and label.object_name == name]  # fmt: skip
         if not mine:
             continue
         own = sorted((e for e in result.estimates if e.object_name == name), key=lambda item: -item.score)
-        counted = own[: len(mine)]
         distances, right = judge.answer(view, name, [label for label, _ in mine], own)
-        for column, (label, answer) in enumerate(mine):
-            row = next((i for i, estimate in enumerate(counted) if estimate is answer), None)
+        # what is right by the protocol answers its label; the other labels have what lies at them, if it counts at all
+        used = set(right.values())
+        for column, (label, at) in enumerate(mine):
+            row = right.get(
+                column, next((i for i, e in enumerate(own[: len(mine)]) if e is at and i not in used), None)
+            )
             if row is not None:
-                judge.record(index, view, label, answer, float(distances[row, column]), column in right, "")
+                judge.record(index, view, label, own[row], float(distances[row, column]), column in right, "")
             else:
-                missed = OUTRANKED if answer is not None else reasons.get(name, reasons.get("", ELSEWHERE))
+                missed = OUTRANKED if at is not None else judge.reason(view, label, result.rejections)
                 judge.record(index, view, label, None, float("inf"), False, missed)
 
 

@@ -23,6 +23,7 @@ CAUSES = {
     "hidden": "not found, and less than 30 % of it is visible",
     "not found": "nothing voted for it, or only elsewhere",
     "outranked": "found, but something else scored higher",
+    "unsure": "something was seen there, with too low a score",
     "refused": "found and refused by a gate (the reasons are under missed)",
     "flipped": "turned by more than 60 degrees",
     "depth": "the error along the line of sight is larger than all across it",
@@ -42,7 +43,9 @@ def cause_of(item: TargetResult, model: ObjectModel) -> str:
     if item.estimate is None:
         if item.missed == "outranked":
             return "outranked"
-        if item.missed not in ("nothing_found", "elsewhere", "low_score", "lost"):
+        if item.missed == "low_score":
+            return "unsure"
+        if item.missed not in ("nothing_found", "elsewhere", "lost"):
             return "refused"
         return "hidden" if item.visible_fraction < HIDDEN else "not found"
     pose = item.estimate.T_camera_object

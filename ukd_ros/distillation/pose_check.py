@@ -6,12 +6,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from ukd_ros.distillation.error_model import PARTS, capped_nll
 from ukd_ros.geometry.arrays import FloatArray
+from ukd_ros.geometry.chi_square import chi2_cdf, chi2_quantile
 from ukd_ros.geometry.metrics import coverage, expected_calibration_error, nees
 
 LEVELS = (0.5, 0.68, 0.8, 0.9, 0.95, 0.99)
+"""Nominal levels whose coverage is reported."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,26 @@ class PoseCheck:
     error_rotation_deg: float
 
 
-def pose_check(delta: FloatArray, cov: FloatArray, rejected: dict[str, int]) -> tuple[PoseCheck, dict[str, FloatArray]]:
-    """Return the check of pose errors [n, 6] against covariances [n, 6, 6], and the NEES [n] per part."""
+def pose_check(
+    delta: FloatArray,
+    cov: FloatArray,
+    rejected: dict[str, int],
+    free: npt.ArrayLike = 0,
+    known: FloatArray | None = None,
+) -> tuple[PoseCheck, dict[str, FloatArray]]:
+    """Return the check of pose errors [n, 6] against covariances [n, 6, 6], and the NEES [n] per part.
+
+    free: [n] or one number, the turns about axes of revolution that each covariance calls unknown. The truth has no
+    error in them, so so many degrees of freedom fewer are left, and the NEES is given as that of 6 (of 3 for the
+    rotation) with the same probability. known: the covariances without those turns, for the standard deviations.
+    """
     squares = {part: nees(delta[:, where], cov[:, where, where]) for part, where in PARTS.items()}
     sizes = {part: where.stop - where.start for part, where in PARTS.items()}
-    variance = np.diagonal(cov, axis1=1, axis2=2)
+    turns = np.broadcast_to(np.asarray(free, dtype=np.int64), len(delta))
+    if turns.any():
+        for part in ("pose", "rotation"):
+            squares[part] = _of_all_dof(squares[part], sizes[part], turns)
+    variance = np.diagonal(cov if known is None else known, axis1=1, axis2=2)
     check = PoseCheck(
         poses=len(delta),
         rejected=rejected,
@@ -61,3 +79,12 @@ def pose_check(delta: FloatArray, cov: FloatArray, rejected: dict[str, int]) -> 
         error_rotation_deg=float(np.degrees(np.median(np.linalg.norm(delta[:, 3:], axis=1)))),
     )
     return check, squares
+
+
+def _of_all_dof(squares: FloatArray, dof: int, free: npt.NDArray[np.int64]) -> FloatArray:
+    """Return each squared error [n] of dof - free degrees of freedom as the equally probable one of dof."""
+    out = np.array(squares)
+    for index in np.flatnonzero(free):
+        level = float(chi2_cdf(squares[index], dof - int(free[index])))
+        out[index] = chi2_quantile(level, dof) if level < 1.0 else squares[index]
+    return out

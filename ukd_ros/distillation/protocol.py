@@ -94,7 +94,10 @@ def area_under_recall(answers: Sequence[Answers], metric: str, limit: float) -> 
     area, asked = 0.0, 0
     for item in answers:
         asked += item.targets
-        area += sum(max(0.0, 1.0 - item.errors[metric][pair] / limit) for pair in matches(item.errors[metric]))
+        # recall is constant between two errors, and the matching may change at each of them
+        errors = item.errors[metric]
+        edges = np.unique(np.concatenate([[0.0, limit], errors[errors < limit]])).tolist()
+        area += sum((b - a) / limit * len(matches(errors, b)) for a, b in zip(edges[:-1], edges[1:], strict=True))
     return area / asked if asked else float("nan")
 
 

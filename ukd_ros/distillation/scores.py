@@ -28,6 +28,7 @@ from ukd_ros.geometry.estimate import PoseEstimate
 from ukd_ros.geometry.metrics import coverage, rotation_error_deg, translation_error
 from ukd_ros.geometry.object_model import ObjectModel
 from ukd_ros.geometry.pose import Pose, skew
+from ukd_ros.geometry.symmetry import without_free_turns
 
 if TYPE_CHECKING:
     from ukd_ros.distillation.evaluate import EvaluationOptions
@@ -214,11 +215,13 @@ class EvaluationReport:
 def predicted_error(estimate: PoseEstimate, model: ObjectModel) -> float:
     """Return the root mean square error, m, that the covariance predicts for the object's keypoints.
 
-    A point at r from the origin moves by dt + dtheta x r; averaged over the keypoints, about the object's own centre.
+    A point at r from the origin moves by dt + dtheta x r. Turns that nobody can see (axes of revolution) do not count.
     """
-    arms = model.keypoints_3d @ estimate.T_camera_object.rotation.T
+    pose = estimate.T_camera_object
+    arms = model.keypoints_3d @ pose.rotation.T
+    cov = without_free_turns(estimate.cov, pose, model.symmetries)
     jacobian = np.concatenate([np.broadcast_to(np.eye(3), (len(arms), 3, 3)), -skew(arms)], axis=2)
-    return float(np.sqrt(np.trace(jacobian @ estimate.cov @ jacobian.transpose(0, 2, 1), axis1=1, axis2=2).mean()))
+    return float(np.sqrt(np.trace(jacobian @ cov @ jacobian.transpose(0, 2, 1), axis1=1, axis2=2).mean()))
 
 
 def detection_rates(results: Sequence[TargetResult]) -> dict[str, dict[str, tuple[float, int]]]:

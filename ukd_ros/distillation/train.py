@@ -159,12 +159,12 @@ def train(
     keypoints = models[0].keypoints_3d.shape[0]
     names = tuple(m.name for m in models)
     network = KeypointNetwork(NetworkConfig(config.architecture, names, keypoints, config.width_factor))
-    if config.initial:
+    path = out / "checkpoint.pt"
+    if config.initial and not path.exists():
         _start_from(Path(config.initial), network)
     network = network.to(device).channels_last()
     optimizer = _optimizer(network, config)
     norms = NormStatistics(network)
-    path = out / "checkpoint.pt"
     if path.exists() and not resume:
         raise FileExistsError(
             f"{path}: there is a training run already; continue it with --resume or choose another folder"
@@ -426,7 +426,7 @@ def _restore(
 ) -> int:
     """Load a checkpoint into the parts; ValueError naming the first setting that differs."""
     content = load_checkpoint(path)
-    mine, theirs = _plain(asdict(config)), _plain(content.config)
+    mine, theirs = _plain(asdict(config)), {"optimizer": "adamw", **_plain(content.config)}
     free = {"device", "threads", "checkpoint_every", "keep_every", "log_every", "validate_every", "validate_windows"}
     for key in sorted(set(mine) | set(theirs)):
         if key not in free and mine.get(key) != theirs.get(key):
@@ -434,7 +434,8 @@ def _restore(
                 f"{path}: was trained with {key} = {theirs.get(key)}, not {mine.get(key)}; --resume needs the same"
             )
     network.load_state_dict(content.network.state_dict())
-    optimizer.load_state_dict(content.optimizer)
+    # before there was Muon, a checkpoint held the state of AdamW alone
+    optimizer.load_state_dict(content.optimizer if "parts" in content.optimizer else {"parts": [content.optimizer]})
     norms.load()
     return content.step
 

@@ -51,6 +51,8 @@ class PoseEstimate:
     chi2, dof: squared length of the inliers' whitened residuals and its expectation, 2 * inliers - 6.
     ambiguity: likelihood of the second-best pose (the depth-mirrored one of a flat or far object) over that of this
         one: 0 none, 1 as likely. ``cov`` describes the neighbourhood of this pose only.
+    T_camera_keypoints: the pose in which the model's 3D keypoints lie where ``keypoints`` are seen. None: that is
+        T_camera_object. Another one only for a symmetric object followed under another name than the network's.
     """
 
     object_name: str
@@ -63,6 +65,7 @@ class PoseEstimate:
     chi2: float
     dof: int
     ambiguity: float = 0.0
+    T_camera_keypoints: Pose | None = None
 
     def __post_init__(self) -> None:
         """Check and freeze the arrays."""

@@ -41,13 +41,21 @@ def nearest(pose: Pose, reference: Pose, symmetries: Symmetries) -> Pose:
 def canonical(pose: Pose, symmetries: Symmetries) -> Pose:
     """Return the one pose that stands for all that look like ``pose``: the nearest to the view from above.
 
-    The same for every member of the family. From the views in which a table shows its objects it changes smoothly
-    with an axis of revolution; with discrete symmetries it must jump somewhere, and does so half a turn (or half the
-    symmetry's angle) away from the reference. For axes of revolution the view from straight below is the only jump.
+    The same for every member of the family, and for every place in the image: the reference is turned with the line of
+    sight, because a crop does not show where it was cut. With discrete symmetries the name must jump somewhere, and
+    does so half the symmetry's angle away from the reference; with an axis of revolution it changes smoothly except
+    where the axis points straight away from the camera. Of several axes only one at a time is turned about.
     """
     if not symmetries:
         return pose
-    return nearest(pose, Pose(UPRIGHT, pose.translation), symmetries)
+    # the point that all motions leave where it is (the mean of any point's images), so that every member has one sight
+    centre = np.mean([motion.translation for motion in symmetries.poses(continuous_steps=8)], axis=0)
+    sight = pose.transform(centre[None])[0]
+    reference = _turn_between(np.array([0.0, 0.0, 1.0]), sight) @ UPRIGHT
+    if symmetries.continuous:
+        # the axis itself towards the camera, whichever it is in the object's frame
+        reference = reference @ _turn_between(symmetries.continuous[0][0], np.array([0.0, 0.0, 1.0]))
+    return nearest(pose, Pose(reference, pose.translation), symmetries)
 
 
 def free_turns(pose: Pose, symmetries: Symmetries) -> FloatArray:
@@ -79,6 +87,24 @@ def covariance_at(cov: FloatArray, pose: Pose, member: Pose) -> FloatArray:
     J = np.eye(6)
     J[:3, 3:] = -skew(lever)
     return np.asarray(J @ cov @ J.T)
+
+
+def without_free_turns(cov: FloatArray, pose: Pose, symmetries: Symmetries) -> FloatArray:
+    """Return the covariance without the variance that `with_free_turns` added: what the image did tell."""
+    directions = free_turns(pose, symmetries)
+    return np.asarray(cov - FREE_TURN_VARIANCE * directions.T @ directions)
+
+
+def _turn_between(start: FloatArray, end: FloatArray) -> FloatArray:
+    """Return the smallest rotation [3, 3] that takes the direction ``start`` to that of ``end``."""
+    a, b = start / np.linalg.norm(start), end / np.linalg.norm(end)
+    normal = np.cross(a, b)
+    sine, cosine = float(np.linalg.norm(normal)), float(a @ b)
+    if sine < 1e-12:
+        # the same direction, or the opposite one: then half a turn about any axis across it
+        across = np.cross(a, np.eye(3)[int(np.argmin(np.abs(a)))])
+        return np.eye(3) if cosine > 0 else exp_so3(np.pi * across / np.linalg.norm(across))
+    return exp_so3(normal / sine * math.atan2(sine, cosine))
 
 
 def _listed(symmetries: Symmetries) -> Iterable[Pose]:

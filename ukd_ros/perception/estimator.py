@@ -41,6 +41,9 @@ STAGES = ("locate", "crop", "zoom", "votes", "pnp", "total")
 """Keys of ``FrameResult.timings_ms``: the network on the frame, cutting and warping, the network on the crops, votes to
 instances, poses from keypoints, and everything."""
 
+SAME_BOX = 0.5
+"""Intersection over union from which two boxes of a symmetric object are of one and the same."""
+
 DEFAULT_CONTEXT = 1.5
 """Side of the zoomed square over the longer side of the keypoint box, where the model does not say its own."""
 
@@ -425,14 +428,15 @@ class PoseEstimator:
         """Return whether an estimate is of an object that is estimated already."""
         return any(
             other.object_name == estimate.object_name
-            and _near(estimate.keypoints.xy, other.keypoints.xy, self.options.duplicate_distance)
+            and self._alike(other.object_name, estimate.keypoints.xy, other.keypoints.xy)
             for other in estimates
         )
 
     def _same(self, instance: VoteInstance, other: VoteInstance) -> bool:
         """Return whether two instances are one object."""
-        return instance.class_index == other.class_index and _near(
-            instance.keypoints.xy, other.keypoints.xy, self.options.duplicate_distance
+        name = self.objects[instance.class_index].name
+        return instance.class_index == other.class_index and self._alike(
+            name, instance.keypoints.xy, other.keypoints.xy
         )
 
     def _covers(self, estimate: PoseEstimate, candidate: VoteInstance) -> bool:
@@ -440,9 +444,20 @@ class PoseEstimator:
 
         Looser than ``_duplicate``, because the keypoints of the whole frame are coarse.
         """
-        return estimate.object_name == self.objects[candidate.class_index].name and _near(
-            candidate.keypoints.xy, estimate.keypoints.xy, 2.0 * self.options.duplicate_distance
+        name = self.objects[candidate.class_index].name
+        return estimate.object_name == name and self._alike(
+            name, candidate.keypoints.xy, estimate.keypoints.xy, looser=2.0
         )
+
+    def _alike(self, name: str, xy: FloatArray, other: FloatArray, looser: float = 1.0) -> bool:
+        """Return whether keypoints [K, 2] of an object, seen twice, are of one and the same.
+
+        The keypoints of a symmetric object may be named differently the second time; then the boxes are compared.
+        """
+        model = next(model for model in self.objects if model.name == name)
+        if model.symmetries:
+            return bool(box_overlap(keypoint_box(xy), keypoint_box(other)[None])[0] > SAME_BOX / looser)
+        return _near(xy, other, looser * self.options.duplicate_distance)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -460,7 +475,8 @@ def _named_like(estimate: PoseEstimate, reference: Pose, model: ObjectModel) -> 
         return estimate
     pose = nearest(estimate.T_camera_object, reference, model.symmetries)
     cov = covariance_at(estimate.cov, estimate.T_camera_object, pose)
-    return replace(estimate, T_camera_object=pose, cov=cov)
+    named = estimate.T_camera_keypoints or estimate.T_camera_object
+    return replace(estimate, T_camera_object=pose, cov=cov, T_camera_keypoints=named)
 
 
 def _longer_side(box: FloatArray) -> float:

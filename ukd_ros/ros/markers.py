@@ -70,7 +70,8 @@ def object_markers(header: Header, estimate: PoseEstimate, model: ObjectModel, l
     axes.points = _points(np.stack([np.zeros((3, 3)), 0.6 * size * np.eye(3)], axis=1).reshape(6, 3))
     axes.colors = [RED, RED, GREEN, GREEN, BLUE, BLUE]
 
-    keypoints = _marker(header, f"{name}/keypoints", instance, Marker.SPHERE_LIST, lifetime, pose)
+    named = estimate.T_camera_keypoints or pose
+    keypoints = _marker(header, f"{name}/keypoints", instance, Marker.SPHERE_LIST, lifetime, named)
     keypoints.scale.x = keypoints.scale.y = keypoints.scale.z = 0.03 * size
     keypoints.points = _points(model.keypoints_3d)
     keypoints.colors = [YELLOW if inlier else RED for inlier in estimate.inliers.tolist()]

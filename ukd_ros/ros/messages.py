@@ -100,7 +100,7 @@ def keypoint_rows(
     parts: list[npt.NDArray[np.void]] = [np.empty(0, dtype=CLOUD_DTYPE)]
     for estimate in estimates:
         model = objects.models[estimate.object_name]
-        xyz = estimate.T_camera_object.transform(model.keypoints_3d)
+        xyz = (estimate.T_camera_keypoints or estimate.T_camera_object).transform(model.keypoints_3d)
         parts.append(_rows(estimate.keypoints, xyz, objects.numbers[estimate.object_name], estimate.instance))
     for rejection in rejections:
         if rejection.keypoints is not None:
