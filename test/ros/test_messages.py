@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from ros.ros_graph import estimate_of, object_model, some_cov, some_pose
 from scipy.spatial.transform import Rotation
@@ -11,6 +13,7 @@ from visualization_msgs.msg import Marker
 
 from ukd_ros.geometry.camera import Camera
 from ukd_ros.geometry.estimate import Rejection, RejectReason
+from ukd_ros.geometry.pose import Pose
 from ukd_ros.geometry.view import View
 from ukd_ros.ros.markers import MarkerHistory, covariance_ellipsoid, object_markers
 from ukd_ros.ros.messages import (
@@ -33,6 +36,17 @@ def header() -> Header:
     message = Header(frame_id="camera_optical")
     message.stamp.sec = 7
     return message
+
+
+def test_points_lie_behind_their_pixels_whatever_a_symmetric_object_is_called() -> None:
+    """Followed as the half-turned twin of what the network named, the cloud still shows the network's keypoints."""
+    pose = some_pose()
+    twin = pose @ Pose(np.diag([-1.0, -1.0, 1.0]), np.array([0.01, 0.0, 0.0]))
+    seen = estimate_of(MODEL, pose, some_cov(), CAMERA)
+    renamed = replace(seen, T_camera_object=twin, T_camera_keypoints=pose)
+    for field in ("x", "y", "z", "u", "v"):
+        rows, others = (keypoint_rows([item], [], OBJECTS) for item in (seen, renamed))
+        np.testing.assert_array_equal(rows[field], others[field])
 
 
 def test_a_consumer_finds_the_error_distributed_as_the_covariance_says() -> None:
