@@ -27,7 +27,7 @@ from ukd_ros.distillation.calibrate import (  # noqa: E402
     write_report,
 )
 from ukd_ros.distillation.corrections import fit_doubt, fit_shrinkage  # noqa: E402
-from ukd_ros.distillation.error_model import ErrorSamples  # noqa: E402
+from ukd_ros.distillation.error_model import ErrorSamples, HeldOut  # noqa: E402
 from ukd_ros.geometry.keypoints import Keypoints  # noqa: E402
 from ukd_ros.geometry.object_model import ObjectModel, Symmetries  # noqa: E402
 from ukd_ros.geometry.pose import Pose, exp_so3  # noqa: E402
@@ -243,3 +243,11 @@ def test_the_result_is_stored_in_the_model(monkeypatch: pytest.MonkeyPatch, tmp_
     kept = stored["provenance"]["calibrated_on"]  # type: ignore[index]
     assert kept["data"] == "renders" and kept["matched"] == report.matched
     assert (tmp_path / "out" / "calibration.json").is_file()
+
+
+def test_the_joint_form_is_shipped_unless_held_out_views_speak_against_it() -> None:
+    good = HeldOut(-17.0, 0.01)
+    assert module._form({"joint": HeldOut(-16.95, 0.015), "block_diagonal": good}) == "joint"  # too close to tell
+    assert module._form({"joint": HeldOut(-16.5, 0.01), "block_diagonal": good}) == "block_diagonal"
+    assert module._form({"joint": HeldOut(-17.0, 0.04), "block_diagonal": good}) == "block_diagonal"
+    assert module._form({"joint": good, "block_diagonal": HeldOut(-16.0, 0.3)}) == "joint"

@@ -221,8 +221,7 @@ def calibrate(
     plain = replace(joint.fit, by_fold=(Calibration(),) * options.folds)
     raw = Judged(plain, *check_poses(estimator, found.matches, plain)[:2], way="")
     variants = {"joint": joint, "block_diagonal": blocks, "uncalibrated": raw}
-    # the common modes are kept where they are worth something on views that did not fit them
-    form = choose({name: _score(variants[name].check) for name in FORMS})
+    form = _form({name: _score(variants[name].check) for name in FORMS})
     stamped = [
         replace(
             judged.fit.calibration,
@@ -340,6 +339,16 @@ def _judge(estimator: PoseEstimator, matches: Sequence[Match], fit: CrossFit) ->
     if choose(scores) == "solved":
         return Judged(fit, check, squares, fit.way)
     return Judged(replace(covered, scores=fit.scores), covered_check, covered_squares, f"{fit.way}, covered")
+
+
+def _form(scores: dict[str, HeldOut], margin_nll: float = 0.1, margin_miss: float = 0.01) -> str:
+    """Return which form of the covariance to ship: the joint one, unless held-out views speak clearly against it.
+
+    What errors share on other data than these may be more; so the margins are beyond what a few hundred views can tell.
+    """
+    joint, blocks = (scores[name] for name in FORMS)
+    worse = joint.nll > blocks.nll + margin_nll or joint.miss > blocks.miss + margin_miss
+    return "block_diagonal" if worse and choose(scores) == "block_diagonal" else "joint"
 
 
 def _score(check: PoseCheck) -> HeldOut:
