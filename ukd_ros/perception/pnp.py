@@ -366,11 +366,12 @@ def _second_minimum(problem: PnpProblem, fit: Fit, options: PnpOptions) -> tuple
         return None, 0.0
     # Where there is a second minimum, the mirrored pose starts beside it and a few steps come near its bottom. Any
     # other start wanders back to the first minimum in many steps, which take longer than all the rest of the solution.
-    second = refine(problem, R, t, fit.inliers, min(SECOND_STEPS, options.max_iterations))
+    second = refine(problem, R, t, fit.inliers, min(SECOND_STEPS, options.max_iterations), fit.whitener)
     if second is None or second.chi2 > fit.chi2 + SECOND_HOPELESS or _same_minimum(second, fit, 3.0):
         return None, 0.0
     if not second.converged:
-        second = refine(problem, second.rotation, second.translation, fit.inliers, options.max_iterations)
+        R, t = second.rotation, second.translation
+        second = refine(problem, R, t, fit.inliers, options.max_iterations, fit.whitener)
     if second is None or not second.converged or _same_minimum(second, fit, 1.0):
         return None, 0.0
     return second, math.exp(-0.5 * abs(second.chi2 - fit.chi2))

@@ -79,24 +79,32 @@ class Fit:
 
 
 def refine(
-    problem: PnpProblem, rotation: FloatArray, translation: FloatArray, inliers: BoolArray, max_iterations: int
+    problem: PnpProblem,
+    rotation: FloatArray,
+    translation: FloatArray,
+    inliers: BoolArray,
+    max_iterations: int,
+    whitener: FloatArray | None = None,
 ) -> Fit | None:
     """Return the Levenberg-Marquardt refinement of a pose on the inliers, whitened by their *full* covariance.
 
+    whitener: of an earlier fit on the same inliers, which saves computing it again.
     None when the start shows an inlier behind the camera or outside the lens model, or when the covariance or the
     normal equations are singular.
     """
-    rows = np.repeat(inliers, 2)
-    try:
-        whitener = np.linalg.inv(np.linalg.cholesky(problem.cov[np.ix_(rows, rows)]))
-    except np.linalg.LinAlgError:
-        return None
+    if whitener is None:
+        rows = np.repeat(inliers, 2)
+        try:
+            whitener = np.asarray(np.linalg.inv(np.linalg.cholesky(problem.cov[np.ix_(rows, rows)])))
+        except np.linalg.LinAlgError:
+            return None
+    white = whitener
     points, xy = problem.points[inliers], problem.xy[inliers]
 
     def linearise(R: FloatArray, t: FloatArray) -> tuple[float, FloatArray, FloatArray]:
         projected, jacobian = projection_jacobian(points, R, t, problem.camera)
-        residual = whitener @ (xy - projected).ravel()
-        return float(residual @ residual), residual, whitener @ jacobian.reshape(-1, 6)
+        residual = white @ (xy - projected).ravel()
+        return float(residual @ residual), residual, white @ jacobian.reshape(-1, 6)
 
     R, t = rotation, translation
     chi2, residual, J = linearise(R, t)
@@ -124,7 +132,7 @@ def refine(
             damping = 0.1 * damping if damping > 1e-6 else 0.0
         else:
             damping = max(1e-3, 10 * damping)
-    return Fit(R, t, inliers, chi2, J, residual, whitener, iterations, converged)
+    return Fit(R, t, inliers, chi2, J, residual, white, iterations, converged)
 
 
 def deletion_statistics(problem: PnpProblem, fit: Fit) -> FloatArray:
