@@ -163,7 +163,7 @@ def evaluate(options: argparse.Namespace) -> int:
     )
     print(report.table())
     if options.out is not None:
-        print(f"report.txt, report.json and pictures in {options.out}")
+        print(f"{options.out / 'report.html'}: tables, pictures and failures by their cause (report.json for programs)")
     return 0
 
 

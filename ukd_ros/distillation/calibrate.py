@@ -378,7 +378,10 @@ def check_poses(
         free.append(len(symmetries.continuous))
         folds.append(fold)
     if not deltas:
-        raise ValueError(f"No pose was solved from {len(matches)} matched instances: {dict(rejected)}.")
+        raise ValueError(
+            f"No pose was solved from {len(matches)} matched instances ({dict(rejected)}): the student is too unsure "
+            "to be calibrated, train it longer."
+        )
     check, squares = pose_check(np.array(deltas), np.array(covs), dict(rejected), free, np.array(known))
     return check, squares, np.array(folds)
 
