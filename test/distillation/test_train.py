@@ -203,7 +203,7 @@ def test_a_run_can_start_from_the_student_of_another_part(
 
     dice = WindowDataset(Dice(6), [other], TINY.window, seed=0)
     before = network.state_dict()
-    for number, initial in enumerate((first.checkpoint, tmp_path / "model")):
+    for number, initial in enumerate((first.checkpoint, tmp_path / "first", tmp_path / "model")):
         config = replace(TINY, steps=1, initial=str(initial), learning_rate=1e-9, seed=5)
         with caplog.at_level("INFO"):
             result = train(config, dice, [other], tmp_path / f"next{number}", progress=False)
@@ -229,3 +229,16 @@ def test_a_data_set_without_masks_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"000003/mask_visib: is missing"):
         train_on_folders(replace(TINY, keypoints=8), [root], tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_from_before_there_was_muon_can_be_resumed(data: WindowDataset, tmp_path: Path) -> None:
+    """Its checkpoint names no optimizer and holds AdamW's state alone; the steps go on as if nothing had happened."""
+    config = replace(TINY, optimizer="adamw")
+    train(config, data, [CUBE], tmp_path / "whole", progress=False)
+    first = train(config, data, [CUBE], tmp_path / "old", progress=False, time_budget_s=0.0)
+    content = torch.load(first.checkpoint, weights_only=True)
+    (content["optimizer"],) = content["optimizer"]["parts"]
+    del content["config"]["optimizer"]
+    torch.save(content, first.checkpoint)
+    assert train(config, data, [CUBE], tmp_path / "old", progress=False, resume=True).finished
+    assert _losses(tmp_path / "old") == pytest.approx(_losses(tmp_path / "whole"), abs=1e-6)

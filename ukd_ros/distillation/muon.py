@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MUON_RATIO = 10.0
+"""Muon's learning rate over AdamW's."""
+
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 """Coefficients of the quintic iteration: singular values go to 0.7..1.2 in five rounds."""
 
@@ -82,10 +85,11 @@ class Together:
     def __init__(self, parts: Iterable[torch.optim.Optimizer]) -> None:
         self.parts = tuple(parts)
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of all parts."""
-        return [group for part in self.parts for group in part.param_groups]
+    def set_learning_rate(self, rate: float) -> None:
+        """Give every part the rate, and Muon MUON_RATIO times as much."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate * (MUON_RATIO if isinstance(part, Muon) else 1.0)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of all parts."""

@@ -39,9 +39,11 @@ def write_report(report: EvaluationReport, data: BopDataset, objects: Sequence[O
     write_bytes(out / "report.txt", (report.table() + "\n").encode())
     write_bytes(out / "report.json", json.dumps(_without_nan(report.as_data()), indent=1, allow_nan=False).encode())
     ordered = sorted(report.results, key=lambda item: item.add)
+    sheets = {}
     for name, chosen in (("best", ordered[:20]), ("worst", ordered[::-1][:20])):
         if chosen:
-            write_bytes(out / f"{name}.png", encode_image(contact_sheet(chosen, data, objects), "png"))
+            sheets[name] = contact_sheet(chosen, data, objects)
+            write_bytes(out / f"{name}.png", encode_image(sheets[name], "png"))
     summary = draw_summary(report, {model.name: model.diameter for model in objects})
     write_bytes(out / "summary.png", summary)
     models = {model.name: model for model in objects}
@@ -54,9 +56,8 @@ def write_report(report: EvaluationReport, data: BopDataset, objects: Sequence[O
             worst = sorted(items, key=lambda i: (-i.add if np.isfinite(i.add) else 0.0, -i.visible_fraction))
             sheet = contact_sheet(worst[:ATLAS_TILES], data, objects)
             sections.append(_section(title, meaning, encode_image(sheet, "jpeg"), "jpeg"))
-    if ordered:
-        sheet = contact_sheet(ordered[:ATLAS_TILES], data, objects)
-        sections.append(_section("The best", "", encode_image(sheet, "jpeg"), "jpeg"))
+    if "best" in sheets:
+        sections.append(_section("The best", "", encode_image(sheets["best"], "jpeg"), "jpeg"))
     write_bytes(out / "report.html", _page(report, sections).encode())
 
 

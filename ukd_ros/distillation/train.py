@@ -43,9 +43,6 @@ from ukd_ros.perception.network import KeypointNetwork, NetworkConfig, cell_geom
 
 logger = logging.getLogger(__name__)
 
-MUON_RATIO = 10.0
-"""Muon's learning rate over AdamW's."""
-
 OBJECT_LAYERS = ("head.score.", "head.offset.", "head.scale.")
 """Names of the weights whose shape and meaning depend on the objects."""
 
@@ -55,9 +52,9 @@ class TrainConfig:
     """How a network is trained.
 
     `architecture` and `width_factor` choose the network, `keypoints` and `keypoint_kind` (farthest or box) its points.
-    `initial`: checkpoint of an earlier run, or a model folder, whose weights the network starts from (empty: random
-    ones). What depends on the objects (the last layers) is taken where they are the same, and begins anew where not: a
-    student of another part saves a new one its first hours.
+    `initial`: an earlier run, its checkpoint, or a model (folder or name), whose weights the network starts from
+    (empty: random ones). What depends on the objects (the last layers) is taken where they are the same, and begins
+    anew where not: the student of another part is a head start.
     `steps` of `batch_size` windows each, taken in micro-batches of `micro_batch` (the unit of batch norm; the same for
     any number of processes). `optimizer`: muon (orthogonal steps for the hidden layers, AdamW for the rest) or adamw.
     `learning_rate` is the peak of AdamW's one-cycle schedule with `warmup` as the rising fraction, Muon's is ten times
@@ -195,8 +192,7 @@ def train(
                 )
             # 2. the step
             nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, config) * group["lr_ratio"]
+            optimizer.set_learning_rate(learning_rate(step, config))
             optimizer.step()
             norms.update(processes)
             step += 1
@@ -386,26 +382,24 @@ def _device(config: TrainConfig, processes: Processes) -> torch.device:
 
 def _optimizer(network: KeypointNetwork, config: TrainConfig) -> Together:
     """AdamW, or Muon for the hidden convolutions and AdamW for all else; biases and norms are not decayed."""
-    named = [(name, p) for name, p in network.named_parameters()]
+    parameters = list(network.parameters())
     ends = [network.head.score, network.head.offset, network.head.scale]
     outer = {id(p) for layer in ends for p in layer.parameters()} | {id(next(network.backbone.parameters()))}
-    hidden = [p for _, p in named if p.dim() > 1 and config.optimizer == "muon" and id(p) not in outer]
+    hidden = [p for p in parameters if p.dim() > 1 and config.optimizer == "muon" and id(p) not in outer]
     taken = {id(p) for p in hidden}
-    decay = [p for _, p in named if p.dim() > 1 and id(p) not in taken]
-    rest = [p for _, p in named if p.dim() <= 1]
+    decay = [p for p in parameters if p.dim() > 1 and id(p) not in taken]
+    rest = [p for p in parameters if p.dim() <= 1]
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.99))]
     if hidden:
-        parts.append(Muon(hidden, lr=MUON_RATIO * config.learning_rate, weight_decay=config.weight_decay))
-    for part in parts:
-        for group in part.param_groups:
-            group["lr_ratio"] = MUON_RATIO if isinstance(part, Muon) else 1.0
+        parts.append(Muon(hidden, weight_decay=config.weight_decay))
     return Together(parts)
 
 
 def _start_from(path: Path, network: KeypointNetwork) -> None:
     """Copy the weights of an earlier run or a model folder, all that fit; ValueError when the layers differ."""
-    # a checkpoint is a file; a model is a folder, or the name of one
+    # a training run is a folder with a checkpoint in it; a model is another kind of folder, or the name of one
+    path = path / "checkpoint.pt" if (path / "checkpoint.pt").is_file() else path
     earlier = load_checkpoint(path).network if path.is_file() else torch_network(load_bundle(find_model(path)))
     weights, config, mine = earlier.state_dict(), earlier.config, network.config
     same = replace(config, classes=mine.classes, keypoints=mine.keypoints)
