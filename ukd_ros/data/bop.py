@@ -69,6 +69,8 @@ class BopDataset:
         self.root, scenes = _find_scenes(root, split)
         self.models_folder = _models_folder(self.root, models)
         self._info = _read_json(self.models_folder / "models_info.json") if self.models_folder is not None else {}
+        common = self.root / "camera.json"
+        self._common_camera: dict[str, Any] = _read_json(common) if common.is_file() else {}
         self._names = {int(key): str(value.get("name", f"obj_{int(key):06d}")) for key, value in self._info.items()}
         self._names.update(names or {})
         self._scenes: dict[int, dict[str, dict[str, Any]]] = {}
@@ -85,6 +87,31 @@ class BopDataset:
     def object_ids(self) -> tuple[int, ...]:
         """Return the ids of the known models, ascending."""
         return tuple(sorted(int(key) for key in self._info))
+
+    @property
+    def scene_folders(self) -> dict[int, Path]:
+        """Return the scenes' folders by scene id."""
+        return dict(self._folders)
+
+    def model_facts(self, object_id: int) -> dict[str, Any]:
+        """Return an object's entry of models_info.json (mm); BopError when there is none."""
+        self.name(object_id)
+        return dict(self._info.get(str(object_id), {}))
+
+    def camera_size(self, index: int) -> tuple[int, int] | None:
+        """Return width and height that the folder states for image `index`, px: its scene's file or camera.json's.
+
+        camera.json speaks for the images that have its focal length. None where nothing is said.
+        """
+        entry = self.images[index]
+        record = self._scenes[entry.scene_id]["scene_camera.json"][str(entry.image_id)]
+        if "width" in record and "height" in record:
+            return int(record["width"]), int(record["height"])
+        common = self._common_camera
+        if not {"width", "height", "fx"} <= common.keys() or not record.get("cam_K"):
+            return None
+        same = abs(float(record["cam_K"][0]) / float(common["fx"]) - 1.0) < 0.01
+        return (int(common["width"]), int(common["height"])) if same else None
 
     def name(self, object_id: int) -> str:
         """Return the name of an object; BopError when the data set has no such model."""
@@ -161,11 +188,10 @@ class BopDataset:
         image = self.image(index)
         size = (int(image.shape[1]), int(image.shape[0]))
         entry = self.images[index]
-        record = self._scenes[entry.scene_id]["scene_camera.json"][str(entry.image_id)]
-        said = (record.get("width", size[0]), record.get("height", size[1]))
-        if said != size:
+        said = self.camera_size(index)
+        if said is not None and said != size:
             raise BopError(
-                f"{entry.path}: is {size[0]}x{size[1]}, but scene_camera.json has image {entry.image_id} as "
+                f"{entry.path}: is {size[0]}x{size[1]}, but the camera of image {entry.image_id} is "
                 f"{said[0]}x{said[1]}; its cam_K would be wrong for it."
             )
         labels = self.labels(index, masks, size)

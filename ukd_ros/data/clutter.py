@@ -190,16 +190,36 @@ def photographs(folder: str | None, longest: int = 800) -> list[ByteImage]:
     return images
 
 
+def collage(rng: np.random.Generator, textures: list[ByteImage], photos: list[ByteImage]) -> ByteImage:
+    """Return a texture [512,512,3] RGB as busy as a lived-in desk: prints, pictures and labels over one another."""
+    sources = [*textures, *photos] if photos and rng.random() < 0.75 else textures
+    side = 2 * TEXTURE
+    image = _crop(rng, sources[int(rng.integers(len(sources)))], side, side, (0.5, 1.0))
+    for _ in range(int(rng.integers(8, 48))):
+        # pictures are few beside the textures, yet the best there is
+        pool = photos if photos and rng.random() < 0.5 else textures
+        _paste(rng, image, _crop(rng, pool[int(rng.integers(len(pool)))], TEXTURE, TEXTURE, (0.3, 1.0)))
+    return image
+
+
 def backdrop(
-    rng: np.random.Generator, width: int, height: int, textures: list[ByteImage], photos: list[ByteImage]
+    rng: np.random.Generator,
+    width: int,
+    height: int,
+    textures: list[ByteImage],
+    photos: list[ByteImage],
+    busy: bool = False,
 ) -> ByteImage:
-    """Compose a backdrop [height,width,3]: a photograph or a texture, patches warped over it, softly out of focus."""
+    """Compose a backdrop [height,width,3]: a photograph or a texture, patches warped over it, softly out of focus.
+
+    `busy`: more patches (of `textures`, collages then) and sharper.
+    """
     from_photo = bool(photos) and rng.random() < 0.5
     source = photos[int(rng.integers(len(photos)))] if from_photo else textures[int(rng.integers(len(textures)))]
     image = _crop(rng, source, width, height, (0.5, 1.0) if from_photo else (0.3, 1.0))
-    for _ in range(int(rng.integers(0, 3 if from_photo else 12))):
+    for _ in range(int(rng.integers(4, 20) if busy else rng.integers(0, 3 if from_photo else 12))):
         _paste(rng, image, textures[int(rng.integers(len(textures)))])
-    sigma = float(rng.choice([0.0, 0.8, 1.6, 3.0]))
+    sigma = float(rng.choice([0.0, 0.0, 0.8, 1.6] if busy else [0.0, 0.8, 1.6, 3.0]))
     return image if sigma == 0.0 else np.asarray(cv2.GaussianBlur(image, (0, 0), sigma), dtype=np.uint8)
 
 

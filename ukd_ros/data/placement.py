@@ -6,7 +6,7 @@ A table's world frame has z up; all poses that leave this file are in the camera
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -54,16 +54,31 @@ def random_rotation(rng: np.random.Generator) -> FloatArray:
     ])  # fmt: skip
 
 
+@dataclass(frozen=True, eq=False)
+class _Crowd:
+    """Things standing together: around `centre` [2] px with `spread` px, `gap` of the usual distance apart."""
+
+    centre: FloatArray
+    spread: float
+    gap: float
+
+
 class SceneSampler:
     """Draws scenes; knows the sizes of the meshes but no graphics."""
 
-    def __init__(self, config: SceneConfig, meshes: list[Mesh], targets: int, extra: int, textures: int) -> None:
-        """`meshes` lists `targets` target meshes, then `extra` distractor meshes, then the primitives."""
+    def __init__(
+        self, config: SceneConfig, meshes: list[Mesh], targets: int, extra: int, textures: int, collages: int = 0
+    ) -> None:
+        """`meshes` lists `targets` target meshes, then `extra` distractor meshes, then the primitives.
+
+        `textures` counts the plain textures, `collages` the busy ones behind them.
+        """
         self.config = config
         self.meshes = meshes
         self.targets = targets
         self.extra = extra
         self.textures = textures
+        self.collages = collages
         self.radius = [float(np.linalg.norm(m.vertices, axis=1).max()) for m in meshes]
 
     def sample(self, rng: np.random.Generator) -> Scene:
@@ -75,12 +90,15 @@ class SceneSampler:
         on_table = rng.random() < config.table_fraction and possible
         count = int(rng.integers(config.targets[0], config.targets[1] + 1))
         wanted = [int(rng.integers(self.targets)) for _ in range(count)]
+        # what is switched off draws nothing, so that older settings keep their images
+        busy = config.busy_fraction > 0 and rng.random() < config.busy_fraction and self.collages > 0
+        crowded = on_table and config.crowded_fraction > 0 and rng.random() < config.crowded_fraction
         if on_table:
-            bodies, table, up = self._on_table(rng, camera, wanted)
+            bodies, table, up = self._on_table(rng, camera, wanted, self._crowd(rng, camera) if crowded else None, busy)
         else:
             bodies, up = self._floating(rng, camera, wanted)
             table = None
-        return Scene(camera, self._lighting(rng, up), tuple(bodies), table, up)
+        return Scene(camera, self._lighting(rng, up), tuple(bodies), table, up, busy)
 
     # ------------------------------------------------------------------ camera, views, light
 
@@ -178,8 +196,15 @@ class SceneSampler:
         bodies += self._floating_distractors(rng, camera, bodies)
         return bodies, up
 
-    def _pixel(self, rng: np.random.Generator, camera: Camera, size: float) -> FloatArray:
+    def _crowd(self, rng: np.random.Generator, camera: Camera) -> _Crowd:
+        """Where in the image things stand together."""
+        middle = rng.uniform(0.3, 0.7, 2) * (camera.width, camera.height)
+        return _Crowd(middle, float(rng.uniform(0.12, 0.22)) * camera.width, float(rng.uniform(0.5, 0.8)))
+
+    def _pixel(self, rng: np.random.Generator, camera: Camera, size: float, crowd: _Crowd | None = None) -> FloatArray:
         """A place in the image; mostly so that the object lies inside."""
+        if crowd is not None:
+            return np.clip(rng.normal(crowd.centre, crowd.spread), 0.0, (camera.width, camera.height))
         margin = 0.0 if rng.random() < self.config.truncated_fraction else min(0.9 * size, 0.45 * camera.height)
         low, high = np.array([margin, margin]), np.array([camera.width - margin, camera.height - margin])
         return rng.uniform(low, high)
@@ -216,7 +241,7 @@ class SceneSampler:
     # ------------------------------------------------------------------ things on a table
 
     def _on_table(
-        self, rng: np.random.Generator, camera: Camera, wanted: list[int]
+        self, rng: np.random.Generator, camera: Camera, wanted: list[int], crowd: _Crowd | None, busy: bool
     ) -> tuple[list[Body], Body, FloatArray]:
         config = self.config
         low, high = LOWEST_TABLE_VIEW_DEG, HIGHEST_TABLE_VIEW_DEG
@@ -229,21 +254,26 @@ class SceneSampler:
         bodies: list[Body] = []
         spots: list[tuple[FloatArray, float]] = []
         for target in wanted:
-            spot = self._free_spot(rng, camera, centre, up, self.radius[target] * 0.75, spots, config.distance)
+            spot = self._free_spot(rng, camera, centre, up, self.radius[target] * 0.75, spots, config.distance, crowd)
             if spot is None and bodies:
                 continue
             standing = self._standing(rng, config.view == "upright", config.tilt_sigma_deg)
             pose = self._placed(R, standing, target, (1.0, 1.0, 1.0), centre if spot is None else spot)
             spots.append((pose.translation, self.radius[target] * 0.75))
             bodies.append(Body(target, pose, self._target_material(rng), target=target))
-        bodies += self._table_distractors(rng, camera, R, centre, spots, bodies)
+        bodies += self._table_distractors(rng, camera, R, centre, spots, bodies, crowd)
         half = rng.uniform(0.5, 1.2) if rng.random() < 0.5 else 6.0
         shift = R @ np.array([rng.normal(0, 0.2), rng.normal(0, 0.2), 0.0])
         turned = R @ exp_so3(np.array([0.0, 0.0, rng.uniform(-np.pi, np.pi)]))
         muted = hue_matrix(rng.normal(0, 0.5), rng.uniform(0.2, 1.1)) * rng.uniform(0.35, 1.2)
         material = Material(muted, rng.choice([0.0, rng.uniform(0, 0.3)]), rng.uniform(0.2, 0.9),
                             rng.choice([0.0, rng.uniform(0, 0.35)]), half * rng.uniform(0.6, 3.0))  # fmt: skip
-        table = Body(-1, Pose(turned, centre + shift), material, (half, half, 1.0), int(rng.integers(self.textures)))
+        texture = int(rng.integers(self.textures))
+        if busy:
+            texture = self.textures + int(rng.integers(self.collages))
+            printed = hue_matrix(rng.normal(0, 0.3), rng.uniform(0.7, 1.2)) * rng.uniform(0.4, 1.1)
+            material = replace(material, color_matrix=printed, texture_scale=half * rng.uniform(0.8, 2.2))
+        table = Body(-1, Pose(turned, centre + shift), material, (half, half, 1.0), texture)
         return bodies, table, up
 
     def _standing(self, rng: np.random.Generator, upright: bool, tilt_deg: float) -> FloatArray:
@@ -264,33 +294,35 @@ class SceneSampler:
 
     def _free_spot(
         self, rng: np.random.Generator, camera: Camera, centre: FloatArray, up: FloatArray, radius: float,
-        spots: list[tuple[FloatArray, float]], limits: Range,
+        spots: list[tuple[FloatArray, float]], limits: Range, crowd: _Crowd | None = None,
     ) -> FloatArray | None:  # fmt: skip
         """Return a point of the table seen by the camera within `limits` of distance, clear of `spots`, or None."""
+        gap = 1.0 if crowd is None else crowd.gap
         for _ in range(24):
             size = radius / float(centre[2]) * camera.matrix[0, 0]
-            ray = camera.rays(self._pixel(rng, camera, size)[None])[0]
+            ray = camera.rays(self._pixel(rng, camera, size, crowd)[None])[0]
             slope = float(ray @ up)
             if slope > -1e-3:
                 continue
             point = ray * float(centre @ up) / slope
             if not limits[0] <= float(np.linalg.norm(point)) <= limits[1]:
                 continue
-            if all(np.linalg.norm(point - p) > radius + r for p, r in spots):
+            if all(np.linalg.norm(point - p) > gap * (radius + r) for p, r in spots):
                 return np.asarray(point, dtype=np.float64)
         return None
 
     def _table_distractors(
         self, rng: np.random.Generator, camera: Camera, R: FloatArray, centre: FloatArray,
-        spots: list[tuple[FloatArray, float]], targets: list[Body],
+        spots: list[tuple[FloatArray, float]], targets: list[Body], crowd: _Crowd | None,
     ) -> list[Body]:  # fmt: skip
         out = []
         up = R[:, 2]
+        wide = None if crowd is None else replace(crowd, spread=1.5 * crowd.spread)
         limits = (0.6 * self.config.distance[0], 1.8 * self.config.distance[1])
         for _ in range(int(rng.integers(self.config.distractors[0], self.config.distractors[1] + 1))):
             key, scale, texture, material = self._distractor(rng)
             radius = self.radius[key] * max(scale) * 0.6
-            spot = self._free_spot(rng, camera, centre, up, radius, spots, limits)
+            spot = self._free_spot(rng, camera, centre, up, radius, spots, limits, wide)
             if spot is not None:
                 spots.append((spot, radius))
                 out.append(self._resting(rng, R, key, scale, texture, material, spot))

@@ -129,7 +129,7 @@ def _items(renderer: SceneRenderer, scene: Scene) -> list[Item]:
     items = []
     for number, body in enumerate([*scene.bodies, *([] if scene.table is None else [scene.table])]):
         ident = TABLE_IDENT if body is scene.table else number + 1
-        mesh = renderer.quad if body.mesh < 0 else renderer.gpu[body.mesh]
+        mesh = renderer.mesh_of(body, scene.camera)
         texture = None if body.texture is None else renderer.gpu_textures[body.texture]
         shadow = body.mesh >= 0 and min(body.scale) > 0.01
         items.append(Item(mesh, body.pose, ident, body.material, body.scale, texture, casts_shadow=shadow))

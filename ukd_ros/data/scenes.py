@@ -46,6 +46,12 @@ class SceneConfig:
     truncated_fraction: float = field(default=0.12, metadata={"help": "share of targets that may cross the border"})
     target_gain: Range = field(default=(0.65, 1.25), metadata={"help": "brightness of a target's colours, log-uniform"})
     target_saturation: Range = field(default=(0.7, 1.2), metadata={"help": "saturation factor of a target's colours"})
+    crowded_fraction: float = field(
+        default=0.0, metadata={"help": "share of tables on which everything stands close together"}
+    )
+    busy_fraction: float = field(
+        default=0.0, metadata={"help": "share of images whose table and background are collages of prints and pictures"}
+    )
     max_lights: int = field(default=3, metadata={"help": "lights besides the ambient one, 1 to 4"})
     photo_folder: str | None = field(default=None, metadata={"help": "folder of photographs for backgrounds"})
     texture_pool: int = field(default=96, metadata={"help": "procedural textures made per seed"})
@@ -60,7 +66,7 @@ class SceneConfig:
                 raise ValueError(f"{name}: must be (low, high) with low <= high, got {pair}.")
             object.__setattr__(self, name, pair)
         for name in ("roll_uniform_fraction", "table_fraction", "occluded_fraction", "min_visible",
-                     "truncated_fraction"):  # fmt: skip
+                     "truncated_fraction", "crowded_fraction", "busy_fraction"):  # fmt: skip
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}: must lie in 0..1, got {getattr(self, name)}.")
         if self.target_gain[0] <= 0:
@@ -100,13 +106,14 @@ class Body:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """Everything that is drawn: camera, light, table (or none), bodies, the targets first."""
+    """Everything that is drawn: camera, light, table (or none), bodies, the targets first; a busy backdrop or not."""
 
     camera: Camera
     lighting: Lighting
     bodies: tuple[Body, ...]
     table: Body | None
     up: FloatArray
+    busy: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ukd_ros.data.bop import BopDataset
+from ukd_ros.data.bop_check import check_bop
 from ukd_ros.data.dataset import LabelledViews
 from ukd_ros.distillation.corrections import (
     Match,
@@ -188,6 +189,9 @@ def calibrate_model(
     bundle = replace(bundle, calibration=Calibration())
     estimator = PoseEstimator(bundle, backend, estimator_options)
     views = BopDataset(dataset_dir)
+    known = {model.name for model in bundle.objects}
+    chosen = range(len(views) if limit is None else min(limit, len(views)))
+    check_bop(views, chosen, objects=[i for i in views.object_ids if views.name(i) in known])
     report = calibrate(estimator, views, options, limit, progress)
     report = replace(report, model=bundle.name, dataset=Path(dataset_dir).resolve().name)
     update_calibration(root, report.calibration, {"calibrated_on": _provenance(report)})

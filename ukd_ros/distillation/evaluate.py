@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ukd_ros.data.bop import BopDataset, BopError
+from ukd_ros.data.bop_check import check_bop
 from ukd_ros.distillation.failures import cause_of
 from ukd_ros.distillation.pose_check import pose_check
 from ukd_ros.distillation.protocol import (
@@ -141,6 +142,7 @@ def evaluate_model(
     options = replace(options or EvaluationOptions(), **changes)
     bundle = load_bundle(find_model(model))
     data = BopDataset(dataset, options.split, dict(names or {}))
+    _check(data, [model.name for model in bundle.objects], options)
     estimator = PoseEstimator(
         bundle, options.backend, replace(options.estimator, tracking=False), threads=options.threads
     )
@@ -153,6 +155,25 @@ def evaluate_model(
     if out is not None:
         write_report(report, data, bundle.objects, Path(out))
     return report
+
+
+def _check(data: BopDataset, known: Sequence[str], options: EvaluationOptions) -> None:
+    """Refuse a faulty data set before the work starts; BopError."""
+    objects = [i for i in data.object_ids if data.name(i) in known]
+    listed = options.target_list and (data.root / TARGETS_FILE).is_file()
+    check_bop(data, _chosen(data, options), objects=objects, targets=listed)
+
+
+def _chosen(data: BopDataset, options: EvaluationOptions) -> list[int]:
+    """Return the indices of the images to be evaluated."""
+    first, last = options.ids or (0, 2**62)
+    chosen = [i for i, image in enumerate(data.images) if first <= image.image_id < last]
+    if not chosen:
+        raise BopError(f"{data.root}: has no images with ids from {first} to below {last}.")
+    if 0 < options.limit < len(chosen):
+        spread = np.linspace(0, len(chosen) - 1, options.limit).round().astype(int)
+        chosen = [chosen[int(i)] for i in spread]
+    return chosen
 
 
 class _Judge:
@@ -195,14 +216,7 @@ class _Judge:
 
     def images(self) -> list[int]:
         """Return the indices of the images to be evaluated."""
-        first, last = self.options.ids or (0, 2**62)
-        chosen = [i for i, image in enumerate(self.data.images) if first <= image.image_id < last]
-        if not chosen:
-            raise BopError(f"{self.data.root}: has no images with ids from {first} to below {last}.")
-        if 0 < self.options.limit < len(chosen):
-            spread = np.linspace(0, len(chosen) - 1, self.options.limit).round().astype(int)
-            chosen = [chosen[int(i)] for i in spread]
-        return chosen
+        return _chosen(self.data, self.options)
 
     def labels(self, index: int, view: LabelledView) -> list[tuple[ObjectLabel, bool]]:
         """Return the image's labels of known objects, each with whether it is asked for."""

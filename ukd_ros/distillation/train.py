@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ukd_ros.data.bop import BopDataset
+from ukd_ros.data.bop_check import check_bop
 from ukd_ros.data.dataset import WindowConfig, WindowDataset
 from ukd_ros.distillation.assignment import Assignment, assign
 from ukd_ros.distillation.batches import Batches, BatchShape
@@ -250,13 +251,9 @@ def train_on_folders(
     folders = [BopDataset(path) for path in datasets]
     if not folders:
         raise ValueError("train: needs at least one BOP-format data set")
-    for folder in folders:
-        labels = folder.labels(0)
-        if labels and labels[0].mask is None:
-            place = folder.images[0].path.parent.parent / "mask_visib"
-            raise ValueError(
-                f"{place}: is missing; training needs every object's visible mask (ukd render writes them)"
-            )
+    for folder in [*folders, *([BopDataset(held_out)] if held_out else [])]:
+        learnt = [i for i in folder.object_ids if not objects or folder.name(i) in objects]
+        check_bop(folder, objects=learnt, masks=True)
     first = folders[0]
     ids = [first.object_id(name) for name in objects] if objects else list(first.object_ids)
     models = [first.object_model(i, config.keypoints, config.keypoint_kind) for i in ids]
