@@ -70,7 +70,7 @@ def run_arm(name: str, seed: int, ablation: Ablation, file: Path, options: argpa
     row: dict[str, Any] = {"arm": name, "seed": seed, "samples": result.step * config.batch_size, "set": arm.set}
     for label, data, ids in options.data:
         for crops in MODES:
-            gates = EstimatorOptions(**OPEN)  # type: ignore[arg-type]
+            gates = EstimatorOptions(**OPEN)
             settings = EvaluationOptions(ids=ids, crops=crops, estimator=gates)
             score = evaluate_model(folder / "student", data, settings, names=dict(options.name)).overall
             row[f"{label}, {crops}"] = {

@@ -76,12 +76,35 @@ def render(options: argparse.Namespace) -> int:
 
 def train(options: argparse.Namespace) -> int:
     """Train a network on BOP-format folders."""
-    from ukd_ros.distillation.train import TrainConfig, train_on_folders
+    from ukd_ros.distillation.ensemble import train_ensemble
+    from ukd_ros.distillation.train import TrainConfig, open_folders, train_on_folders
 
     config = load_config(TrainConfig, options.config, options.set)
     if options.settings:
         return _show(config)
     _needs(options, "dataset", "out")
+    if options.ensemble is not None:
+        data, models, held_out = open_folders(
+            config,
+            options.dataset,
+            objects=options.object,
+            held_out=options.held_out,
+            progress=not options.quiet,
+        )
+        results = train_ensemble(
+            config,
+            options.ensemble,
+            data,
+            models,
+            options.out,
+            held_out=held_out,
+            resume=options.resume,
+            time_budget_s=options.time_budget,
+            progress=not options.quiet,
+        )
+        for member in results:
+            print(f"{member.checkpoint}: {member.step} of {config.steps} steps")
+        return 0
     result = train_on_folders(
         config,
         options.dataset,
@@ -286,6 +309,7 @@ def _add_train(commands: Any) -> None:
     add("--out", type=Path, metavar="DIR", help="checkpoint.pt, metrics.jsonl and curves.png appear here")
     add("--resume", action="store_true", help="go on where the run in --out stopped, with the same numbers")
     add("--time-budget", type=_duration, metavar="9m", help="stop and checkpoint then; the schedule does not change")
+    add("--ensemble", type=int, metavar="M", help="train M seeds side by side into OUT/seed-N, sharing the views")
 
 
 def _add_export(commands: Any) -> None:

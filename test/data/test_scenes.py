@@ -15,7 +15,7 @@ from scipy.stats import chi2
 
 from ukd_ros.data import render_dataset as job
 from ukd_ros.data.bop import BopDataset
-from ukd_ros.data.clutter import photographs, primitive_meshes, random_texture
+from ukd_ros.data.clutter import collage, photographs, primitive_meshes, random_texture
 from ukd_ros.data.demo_object import demo_mesh, write_demo_mesh
 from ukd_ros.data.placement import (
     SceneSampler,
@@ -27,11 +27,12 @@ from ukd_ros.data.placement import (
 )
 from ukd_ros.data.preview import write_contact_sheet
 from ukd_ros.data.render_dataset import MeshSource, RenderError, render_dataset
-from ukd_ros.data.renderer import RendererError
+from ukd_ros.data.renderer import Item, Lighting, Material, RendererError
 from ukd_ros.data.scene_renderer import SceneRenderer
-from ukd_ros.data.scenes import SceneConfig
+from ukd_ros.data.scenes import Body, SceneConfig
 from ukd_ros.data.sensor import SensorConfig, expose
-from ukd_ros.geometry.pose import log_so3
+from ukd_ros.geometry.camera import Camera
+from ukd_ros.geometry.pose import Pose, log_so3
 
 SMALL = SceneConfig(width=160, height=120, targets=(2, 3), distractors=(1, 3), texture_pool=8)
 DEMO = [MeshSource("demo")]
@@ -44,10 +45,10 @@ def renderer() -> Iterator[SceneRenderer]:
     opened.close()
 
 
-def sampler(**changes: object) -> SceneSampler:
+def sampler(collages: int = 0, **changes: object) -> SceneSampler:
     config = dataclasses.replace(SMALL, **changes)  # type: ignore[arg-type]
     meshes = [demo_mesh(), *primitive_meshes(np.random.default_rng(0))]
-    return SceneSampler(config, meshes, 1, 0, 8)
+    return SceneSampler(config, meshes, 1, 0, 8, collages)
 
 
 def test_an_image_depends_on_its_index_alone(renderer: SceneRenderer) -> None:
@@ -125,6 +126,60 @@ def test_things_stand_on_the_table() -> None:
             assert np.degrees(np.arccos(body.pose.rotation[:, 2] @ up)) < 25
 
 
+def test_a_crowd_stands_together() -> None:
+    def spread(crowded: float) -> float:
+        draws = sampler(table_fraction=1.0, targets=(4, 6), distractors=(0, 0), crowded_fraction=crowded,
+                        occluded_fraction=0.0)  # fmt: skip
+        spreads = []
+        for index in range(60):
+            scene = draws.sample(np.random.default_rng(index))
+            places = np.array([b.pose.translation for b in scene.bodies if b.target >= 0])
+            if len(places) > 2:
+                pixels = scene.camera.project(places)
+                spreads.append(float(np.std(pixels, axis=0).mean()) / scene.camera.width)
+        assert len(spreads) > 30
+        return float(np.median(spreads))
+
+    assert spread(1.0) < 0.75 * spread(0.0)
+
+
+def test_a_busy_scene_takes_collages_and_others_never_do() -> None:
+    for share, expected in ((1.0, True), (0.0, False)):
+        draws = sampler(collages=5, table_fraction=1.0, busy_fraction=share)
+        for index in range(10):
+            scene = draws.sample(np.random.default_rng(index))
+            assert scene.busy is expected and scene.table is not None and scene.table.texture is not None
+            assert (8 <= scene.table.texture < 13) is expected
+    # what is switched off draws nothing: older settings keep their images
+    plain, off = sampler(), sampler(collages=5, busy_fraction=0.0, crowded_fraction=0.0)
+    for index in range(5):
+        one, other = (draws.sample(np.random.default_rng(index)) for draws in (plain, off))
+        assert np.array_equal(one.bodies[-1].pose.translation, other.bodies[-1].pose.translation)
+
+
+def test_far_things_are_drawn_with_fewer_faces_and_look_the_same(lmo_root: Path) -> None:
+    mesh = BopDataset(lmo_root, "test").mesh(8)
+    opened = SceneRenderer(dataclasses.replace(SMALL, width=640, height=480), [mesh], [], seed=3)
+    camera = Camera(640, 480, np.array([[570.0, 0, 320], [0, 570.0, 240], [0, 0, 1.0]]))
+    lighting = Lighting((), np.full(3, 0.5), np.full(3, 0.5), np.array([0.0, -1.0, 0.0]), 1.0, 0.0)
+    material, finest = Material(np.eye(3)), opened.gpu[0][0]
+    for distance, finer in ((0.6, True), (2.6, False)):
+        pose = Pose(np.eye(3), np.array([0.0, 0.0, distance]))
+        body = Body(0, pose, material, target=0)
+        assert (opened.mesh_of(body, camera) is finest) is finer
+        seen = []
+        for gpu in (finest, opened.mesh_of(body, camera)):
+            item = Item(gpu, pose, 1, material, (1.0, 1.0, 1.0), None)
+            behind = np.full((480, 640, 3), 128, np.uint8)
+            seen.append(opened.renderer.shade([item], camera, lighting, behind).astype(int))
+            outline = opened.renderer.silhouettes([item], camera)[0]
+            seen.append(outline.pixels)
+        assert abs(seen[3] / seen[1] - 1) < 0.03
+        covered = np.abs(seen[0] - 128).max(axis=2) > 3
+        assert np.abs(seen[0] - seen[2])[covered].mean() < 8
+    opened.close()
+
+
 def test_uniform_views_are_uniform() -> None:
     rng = np.random.default_rng(11)
     n = 4000
@@ -195,6 +250,9 @@ def test_clutter_is_well_formed(tmp_path: Path) -> None:
     for _ in range(30):
         texture = random_texture(rng)
         assert texture.shape == (256, 256, 3) and texture.dtype == np.uint8
+    textures = [random_texture(rng) for _ in range(4)]
+    busy = collage(rng, textures, [])
+    assert busy.shape == (512, 512, 3) and busy.dtype == np.uint8
     for mesh in primitive_meshes(rng):
         assert np.ptp(mesh.vertices, axis=0).max() <= 1.0 + 1e-9
         assert np.allclose(np.linalg.norm(mesh.normals, axis=1), 1, atol=1e-6)

@@ -62,7 +62,7 @@ def _check_models(data: BopDataset, objects: tuple[int, ...]) -> None:
             continue
         raise BopError(
             f"{data.models_folder}: obj_{object_id:06d}.ply is {low:.4g} to {high:.4g} mm across, but models_info.json "
-            f"says {float(said):.4g} mm; BOP's meshes are in millimetres. Write the mesh in mm, or correct the diameter."
+            f"says {float(said):.4g} mm; BOP's meshes are in mm. Write the mesh in mm, or correct the diameter."
         )
 
 

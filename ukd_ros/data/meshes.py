@@ -100,8 +100,10 @@ def vertex_normals(vertices: npt.ArrayLike, faces: npt.ArrayLike) -> FloatArray:
 def simplified(mesh: Mesh, max_faces: int) -> Mesh:
     """Return the mesh with at most about `max_faces` faces, by merging vertices in a grid (for rendering only).
 
-    Vertices of one cell and one texture island are replaced by their mean, so colours and uv survive; the grid is
-    coarsened until the budget holds. A mesh within the budget is returned as it is.
+    Vertices of one cell and one texture island become one, so colours and uv survive; it lies where it is nearest to
+    the planes of their faces (quadric placement, Lindstrom, SIGGRAPH 2000): their mean would lie inside every curve,
+    and a thing 2 % too small is a depth 2 % wrong. The grid is coarsened until the budget holds. A mesh within the
+    budget is returned as it is.
     """
     if len(mesh.faces) <= max_faces:
         return mesh
@@ -164,13 +166,33 @@ def _clustered(mesh: Mesh, low: FloatArray, cell: float) -> Mesh:
     length = np.linalg.norm(normals, axis=1, keepdims=True)
     normals = np.where(length > 1e-9, normals / np.maximum(length, 1e-9), np.array([0.0, 0.0, 1.0]))
     return Mesh(
-        vertices=mean(mesh.vertices),
+        vertices=_placed(mesh, group, mean(mesh.vertices), cell),
         faces=faces[keep],
         normals=normals,
         colors=None if mesh.colors is None else np.clip(np.rint(mean(mesh.colors)), 0, 255).astype(np.uint8),
         uv=None if mesh.uv is None else mean(mesh.uv),
         texture=mesh.texture,
     )
+
+
+def _placed(mesh: Mesh, group: npt.NDArray[np.int64], mean: FloatArray, cell: float) -> FloatArray:
+    """Return for each group of vertices the point nearest to the planes of their faces, within a cell of `mean`."""
+    corners = mesh.vertices[mesh.faces]
+    normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])  # longer for larger faces
+    A = np.zeros((len(mean), 3, 3))
+    b = np.zeros((len(mean), 3))
+    for corner in range(3):
+        owner = group[mesh.faces[:, corner]]
+        offset = np.einsum("ni,ni->n", normal, corners[:, corner] - mean[owner])
+        for i in range(3):
+            b[:, i] += np.bincount(owner, weights=normal[:, i] * offset, minlength=len(mean))
+            for j in range(3):
+                A[:, i, j] += np.bincount(owner, weights=normal[:, i] * normal[:, j], minlength=len(mean))
+    # along a plane the quadric says nothing: there the mean stays
+    size = np.trace(A, axis1=1, axis2=2)
+    step = np.linalg.solve(A + (0.02 * size + 1e-30)[:, None, None] * np.eye(3), b[..., None])[..., 0]
+    length = np.linalg.norm(step, axis=1, keepdims=True)
+    return np.asarray(mean + step * np.minimum(1.0, cell / np.maximum(length, 1e-30)))
 
 
 def _read_parts(path: Path) -> list[Any]:

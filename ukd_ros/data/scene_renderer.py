@@ -60,7 +60,7 @@ class SceneRenderer:
         if body.mesh < 0:
             return self.quad
         distance = max(float(np.linalg.norm(body.pose.translation)), 1e-3)
-        across = 2.0 * self.sampler.radius[body.mesh] * max(body.scale) * camera.matrix[0, 0] / distance
+        across = 2.0 * self.sampler.radius[body.mesh] * max(body.scale) * float(camera.matrix[0, 0]) / distance
         return self.gpu[body.mesh][sum(across < limit for limit, _ in COARSER)]
 
     def close(self) -> None:

@@ -246,7 +246,25 @@ def train_on_folders(
     """Train on BOP-format folders, such as `ukd render` writes them; see `train`.
 
     `objects`: names to learn (default: all models of the first folder). `held_out`: a folder for validation.
-    BopError or ValueError when a folder, its masks or an object is missing.
+    BopError or ValueError as `open_folders`.
+    """
+    data, models, checked = open_folders(config, datasets, objects=objects, held_out=held_out, progress=progress)
+    return train(
+        config, data, models, out, held_out=checked, resume=resume, time_budget_s=time_budget_s, progress=progress
+    )
+
+
+def open_folders(
+    config: TrainConfig,
+    datasets: Sequence[Path],
+    *,
+    objects: Sequence[str] = (),
+    held_out: Path | None = None,
+    progress: bool = True,
+) -> tuple[WindowDataset, list[ObjectModel], WindowDataset | None]:
+    """Check and decode BOP-format folders; return the windows, the objects' models and the windows to validate on.
+
+    BopError or ValueError when a folder, its masks or an object is missing or a folder is faulty.
     """
     folders = [BopDataset(path) for path in datasets]
     if not folders:
@@ -261,9 +279,7 @@ def train_on_folders(
     checked = (
         WindowDataset(BopDataset(held_out), models, config.window, config.seed + 1, progress) if held_out else None
     )
-    return train(
-        config, data, models, out, held_out=checked, resume=resume, time_budget_s=time_budget_s, progress=progress
-    )
+    return data, models, checked
 
 
 class _Joined:

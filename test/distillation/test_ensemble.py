@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An ensemble's members are the runs of their seeds, and one that fails is named."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from cubes import CUBE, CubeViews
+
+from ukd_ros.data.dataset import WindowConfig, WindowDataset
+from ukd_ros.distillation.checkpoint import load_checkpoint
+from ukd_ros.distillation.train import TrainConfig, train
+
+TINY = TrainConfig(steps=3, batch_size=4, micro_batch=4, log_every=1, validate_every=0, width_factor=0.25, threads=1,
+                   device="cpu", seed=4, window=WindowConfig(size=64))  # fmt: skip
+SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from test_ensemble import *
+from ukd_ros.distillation.ensemble import EnsembleError, train_ensemble
+data = WindowDataset(CubeViews(4), [CUBE], TINY.window, seed=TINY.seed)
+try:
+    results = train_ensemble(TINY, 2, data, [CUBE], Path(sys.argv[2]), resume="resume" in sys.argv, progress=False)
+    print([(r.step, r.finished, r.checkpoint.parent.name) for r in results])
+except EnsembleError as error:
+    print(error)
+"""
+
+
+def ensemble(out: Path, *words: str) -> str:
+    """Train in a process of its own: pytest's has threads, which no fork survives."""
+    call = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(out), *words]
+    run = subprocess.run(call, capture_output=True, text=True, timeout=240, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_members_are_the_runs_of_their_seeds(tmp_path: Path) -> None:
+    assert ensemble(tmp_path / "both").strip() == "[(3, True, 'seed-4'), (3, True, 'seed-5')]"
+    weights = []
+    for seed in (4, 5):
+        data = WindowDataset(CubeViews(4), [CUBE], TINY.window, seed=seed)
+        train(replace(TINY, seed=seed), data, [CUBE], tmp_path / str(seed), progress=False)
+        alone = load_checkpoint(tmp_path / str(seed) / "checkpoint.pt").network.state_dict()
+        member = load_checkpoint(tmp_path / "both" / f"seed-{seed}" / "checkpoint.pt").network.state_dict()
+        for name, value in alone.items():
+            torch.testing.assert_close(member[name], value, rtol=0, atol=1e-6, msg=name)
+        weights.append(alone["head.offset.weight"])
+    assert not torch.allclose(weights[0], weights[1])
+
+
+def test_a_member_that_fails_is_named_and_the_other_goes_on(tmp_path: Path) -> None:
+    train(replace(TINY, seed=5), WindowDataset(CubeViews(4), [CUBE], TINY.window, 5), [CUBE], tmp_path / "seed-5",
+          progress=False)  # fmt: skip
+    assert "seed-5: FileExistsError: " in ensemble(tmp_path)
+    assert load_checkpoint(tmp_path / "seed-4" / "checkpoint.pt").step == 3
+    assert "(3, True, 'seed-5')" in ensemble(tmp_path, "resume")
+
+
+@pytest.mark.parametrize("members", [0, -1])
+def test_an_ensemble_of_none_is_refused(members: int, tmp_path: Path) -> None:
+    from ukd_ros.distillation.ensemble import train_ensemble
+
+    data = WindowDataset(CubeViews(2), [CUBE], TINY.window, seed=0)
+    with pytest.raises(ValueError, match="at least one member"):
+        train_ensemble(TINY, members, data, [CUBE], tmp_path)
