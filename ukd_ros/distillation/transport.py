@@ -137,7 +137,7 @@ def divergence(
 
 
 def squared_distance(x: Tensor, y: Tensor) -> Tensor:
-    """Return half the squared distance [...,n,m] between points `x` [...,n,D] and `y` [...,m,D]: geomloss' cost, p=2."""
+    """Return half the squared distance [...,n,m] between `x` [...,n,D] and `y` [...,m,D]: geomloss' cost, p=2."""
     return 0.5 * (x[..., :, None, :] - y[..., None, :, :]).square().sum(-1)
 
 

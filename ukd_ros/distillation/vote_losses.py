@@ -45,11 +45,11 @@ class AlignOptions:
     """How student and teacher votes are aligned.
 
     `transport`: the solver. `normalise`: masses of either side sum to 1; otherwise they are the scores, and the
-    transport must be unbalanced. `debias`: subtract what each set costs within itself (as ADLP does). `weighting`: where
-    the teachers' uncertainty acts, any of "mass" (an uncertain vote weighs less), "cost" (its misses cost less), and
-    "keypoint" (an uncertain keypoint's whole problem counts less; weights sum to K). `softness`: the standard deviation,
-    as a fraction of the window's side, at which a vote has half the say of a certain one. `aleatoric`: count what the
-    teachers predict themselves as uncertain, besides what they disagree on.
+    transport must be unbalanced. `debias`: subtract what each set costs within itself (as ADLP does). `weighting`:
+    where the teachers' uncertainty acts, any of "mass" (an uncertain vote weighs less), "cost" (its misses cost less),
+    and "keypoint" (an uncertain keypoint's whole problem counts less; weights sum to K). `softness`: the standard
+    deviation, as a fraction of the window's side, at which a vote has half the say of a certain one. `aleatoric`: count
+    what the teachers predict themselves as uncertain, besides what they disagree on.
     """
 
     transport: TransportOptions = TransportOptions(blur=1e-2, reach=0.5)
