@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The deep ensemble: what M independently seeded teachers say of each vote, and how far they agree.
+
+Lakshminarayanan et al. (NeurIPS 2017): the members' mean is the prediction, the covariance between them is what
+training left undecided (epistemic), and the mean of what each predicts itself is the noise it sees (aleatoric).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ukd_ros.distillation.checkpoint import load_checkpoint
+from ukd_ros.geometry.object_model import ObjectModel
+from ukd_ros.perception.network import KeypointNetwork
+
+SAME_POINT = 1e-6
+"""Keypoints of teacher and student may differ by this much, m."""
+
+
+class TeacherError(ValueError):
+    """These teachers cannot teach that student; the message names the checkpoint and what differs."""
+
+
+@dataclass(frozen=True)
+class EnsembleVotes:
+    """The ensemble's votes for a batch: `score` [B,N,C], `xy` [B,N,C,K,2] px, their means over the members; `spread`
+    and `cov` [B,N,C,K,3] px², each (uu, uv, vv): the covariance between members, and the mean of their own.
+    """
+
+    score: Tensor
+    xy: Tensor
+    spread: Tensor
+    cov: Tensor
+
+
+class Ensemble:
+    """M trained networks of one kind; `predict` asks all of them."""
+
+    def __init__(self, networks: Sequence[KeypointNetwork], names: Sequence[str] = (), identity: str = "") -> None:
+        """`names` are for messages (one each); `identity` tells this ensemble from any other.
+
+        TeacherError for less than two members (one cannot disagree with itself), or members of different kinds.
+        """
+        names = list(names) or [f"member {i}" for i in range(len(networks))]
+        if len(networks) < 2:
+            raise TeacherError(
+                f"{', '.join(names) or 'no teacher'}: an ensemble needs two members or more, for one alone cannot say "
+                "where it is unsure; train more seeds with ukd train --ensemble"
+            )
+        first = networks[0].config
+        for name, network in zip(names[1:], networks[1:], strict=True):
+            for key in ("classes", "keypoints"):
+                one, other = getattr(first, key), getattr(network.config, key)
+                if one != other:
+                    raise TeacherError(f"{name}: has {key} {other}, but {names[0]} has {one}")
+        self.networks = [network.eval().requires_grad_(False) for network in networks]
+        self.names = tuple(names)
+        self.identity = identity
+
+    @classmethod
+    def load(
+        cls, checkpoints: Sequence[Path], models: Sequence[ObjectModel], window: int, device: torch.device
+    ) -> Ensemble:
+        """Read checkpoints (files or folders of runs) that must know the student's objects, keypoints and window side.
+
+        TeacherError names the file and what differs; CheckpointError for what cannot be read.
+        """
+        networks, names = [], []
+        digest = hashlib.sha256()
+        for given in checkpoints:
+            path = given / "checkpoint.pt" if given.is_dir() else given
+            content = load_checkpoint(path)
+            _require_same(path, content.models, models)
+            side = int(content.config.get("window", {}).get("size", window))
+            if side != window:
+                raise TeacherError(f"{path}: was trained on windows of {side} px, but the student's have {window} px")
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+            networks.append(content.network.to(device))
+            names.append(str(path))
+        return cls(networks, names, digest.hexdigest())
+
+    def __len__(self) -> int:
+        """Return the number of members."""
+        return len(self.networks)
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> EnsembleVotes:
+        """Return the votes for images [B,3,H,W] float32 RGB 0..255."""
+        score: Tensor | None = None
+        for count, network in enumerate(self.networks, start=1):
+            s, xy, scale = network(images)
+            own = _covariance(scale)
+            if score is None:
+                score, mean, cov = s.clone(), xy.clone(), own
+                scatter = torch.zeros_like(own)
+                continue
+            # Welford: one member in memory at a time, and no small difference of large squares
+            delta = xy - mean
+            mean = mean + delta / count
+            rest = xy - mean
+            scatter = scatter + torch.stack(
+                (delta[..., 0] * rest[..., 0], delta[..., 0] * rest[..., 1], delta[..., 1] * rest[..., 1]), -1
+            )
+            score = score + (s - score) / count
+            cov = cov + (own - cov) / count
+        assert score is not None  # two members at least
+        return EnsembleVotes(score, mean, scatter / (len(self.networks) - 1), cov)
+
+
+def as_matrices(terms: Tensor) -> Tensor:
+    """Return covariance terms [...,3] (uu, uv, vv) as matrices [...,2,2]."""
+    uu, uv, vv = terms.unbind(-1)
+    return torch.stack((torch.stack((uu, uv), -1), torch.stack((uv, vv), -1)), -2)
+
+
+def _covariance(scale: Tensor) -> Tensor:
+    """Return (uu, uv, vv) px² of a network's (σ_u, σ_v px, ρ) [...,3]."""
+    u, v, rho = scale.unbind(-1)
+    return torch.stack((u * u, rho * u * v, v * v), -1)
+
+
+def _require_same(path: Path, taught: Sequence[ObjectModel], wanted: Sequence[ObjectModel]) -> None:
+    """Refuse a teacher of other objects or keypoints."""
+    names, needed = tuple(m.name for m in taught), tuple(m.name for m in wanted)
+    if names != needed:
+        raise TeacherError(f"{path}: knows the objects {', '.join(names)}, but the student learns {', '.join(needed)}")
+    for one, other in zip(taught, wanted, strict=True):
+        if one.keypoints_3d.shape != other.keypoints_3d.shape:
+            counts = len(one.keypoints_3d), len(other.keypoints_3d)
+            raise TeacherError(f"{path}: has {counts[0]} keypoints on {one.name}, but the student has {counts[1]}")
+        apart = float(abs(one.keypoints_3d - other.keypoints_3d).max())
+        if apart > SAME_POINT:
+            raise TeacherError(
+                f"{path}: its keypoints on {one.name} lie up to {1e3 * apart:.3g} mm beside the student's; train both "
+                "with the same keypoint_kind on the same mesh"
+            )
