@@ -309,7 +309,7 @@ def _add_train(commands: Any) -> None:
     add("--out", type=Path, metavar="DIR", help="checkpoint.pt, metrics.jsonl and curves.png appear here")
     add("--resume", action="store_true", help="go on where the run in --out stopped, with the same numbers")
     add("--time-budget", type=_duration, metavar="9m", help="stop and checkpoint then; the schedule does not change")
-    add("--ensemble", type=int, metavar="M", help="train M seeds side by side into OUT/seed-N, sharing the views")
+    add("--ensemble", type=_positive, metavar="M", help="train M seeds side by side into OUT/seed-N, sharing the views")
 
 
 def _add_export(commands: Any) -> None:

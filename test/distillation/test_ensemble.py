@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from ukd_ros.distillation.train import TrainConfig, train
 
 TINY = TrainConfig(steps=3, batch_size=4, micro_batch=4, log_every=1, validate_every=0, width_factor=0.25, threads=1,
                    device="cpu", seed=4, window=WindowConfig(size=64))  # fmt: skip
+LONG = replace(TINY, steps=100_000, checkpoint_every=1)
 SCRIPT = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -63,6 +67,29 @@ def test_a_member_that_fails_is_named_and_the_other_goes_on(tmp_path: Path) -> N
     assert "(3, True, 'seed-5')" in ensemble(tmp_path, "resume")
 
 
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_parent_leaves_no_orphans_and_checkpoints(stop: signal.Signals, tmp_path: Path) -> None:
+    script = SCRIPT.replace("TINY, 2,", "LONG, 2,")
+    call = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)]
+    parent = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    files = [tmp_path / f"seed-{seed}" / "checkpoint.pt" for seed in (4, 5)]
+    deadline = time.monotonic() + 120
+    while not all(file.is_file() for file in files):
+        assert parent.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    parent.send_signal(stop)
+    assert parent.wait(30) != 0
+    deadline = time.monotonic() + 20
+    while True:  # nobody of the session is left
+        try:
+            os.killpg(parent.pid, 0)
+        except ProcessLookupError:
+            break
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert all(load_checkpoint(file).step >= 1 for file in files)
+
+
 @pytest.mark.parametrize("members", [0, -1])
 def test_an_ensemble_of_none_is_refused(members: int, tmp_path: Path) -> None:
     from ukd_ros.distillation.ensemble import train_ensemble
@@ -70,3 +97,11 @@ def test_an_ensemble_of_none_is_refused(members: int, tmp_path: Path) -> None:
     data = WindowDataset(CubeViews(2), [CUBE], TINY.window, seed=0)
     with pytest.raises(ValueError, match="at least one member"):
         train_ensemble(TINY, members, data, [CUBE], tmp_path)
+
+
+def test_torchrun_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ukd_ros.distillation.ensemble import train_ensemble
+
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match="torchrun"):
+        train_ensemble(TINY, 2, WindowDataset(CubeViews(2), [CUBE], TINY.window, 0), [CUBE], tmp_path)

@@ -90,7 +90,7 @@ class SceneSampler:
         on_table = rng.random() < config.table_fraction and possible
         count = int(rng.integers(config.targets[0], config.targets[1] + 1))
         wanted = [int(rng.integers(self.targets)) for _ in range(count)]
-        # what is switched off draws nothing, so that older settings keep their images
+        # what is switched off draws nothing, so that older settings keep their scenes
         busy = config.busy_fraction > 0 and rng.random() < config.busy_fraction and self.collages > 0
         crowded = on_table and config.crowded_fraction > 0 and rng.random() < config.crowded_fraction
         if on_table:
@@ -259,7 +259,9 @@ class SceneSampler:
                 continue
             standing = self._standing(rng, config.view == "upright", config.tilt_sigma_deg)
             pose = self._placed(R, standing, target, (1.0, 1.0, 1.0), centre if spot is None else spot)
-            spots.append((pose.translation, self.radius[target] * 0.75))
+            # the foot, not the centre above it: in a crowd the height would count as clearance
+            taken = pose.translation if crowd is None or spot is None else spot
+            spots.append((taken, self.radius[target] * 0.75))
             bodies.append(Body(target, pose, self._target_material(rng), target=target))
         bodies += self._table_distractors(rng, camera, R, centre, spots, bodies, crowd)
         half = rng.uniform(0.5, 1.2) if rng.random() < 0.5 else 6.0

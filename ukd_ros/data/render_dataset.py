@@ -35,6 +35,10 @@ DEMO = "demo"
 CHUNK = 8
 
 
+RENDERER = 2
+"""Raised whenever the same settings give other pixels or labels: a folder begun before is not continued."""
+
+
 class RenderError(RuntimeError):
     """A data set cannot be rendered as asked; the message says what to change."""
 
@@ -124,6 +128,7 @@ def _numbered(targets: list[MeshSource]) -> list[MeshSource]:
 def _description(config: SceneConfig, targets: list[MeshSource], others: list[MeshSource], seed: int) -> dict[str, Any]:
     """Everything that decides the pixels, in plain types."""
     return {
+        "renderer": RENDERER,
         "seed": seed,
         "targets": [asdict(t) for t in targets],
         "distractors": [{"path": d.path, "unit": d.unit} for d in others],

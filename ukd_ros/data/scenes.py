@@ -81,6 +81,8 @@ class SceneConfig:
             raise ValueError(f"targets, distractors: need at least 1 and 0, got {self.targets}, {self.distractors}.")
         if not (16 <= self.width <= 4096 and 16 <= self.height <= 4096):
             raise ValueError(f"width, height: must lie in 16..4096 px, got {self.width}x{self.height}.")
+        if self.busy_fraction > 0 and self.texture_pool < 3:
+            raise ValueError(f"texture_pool: busy_fraction needs at least 3 textures, got {self.texture_pool}.")
         if not 1 <= self.max_lights <= 4:
             raise ValueError(f"max_lights: must lie in 1..4, got {self.max_lights}.")
         if not 5 <= self.fov_deg[0] <= self.fov_deg[1] <= 150:
