@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 from _measuring import machine, write  # noqa: E402
-from scaling import OPEN, _data  # noqa: E402
+from scaling import OPEN, _data, _renamed  # noqa: E402
 
 MODES = ("oracle", "estimator")
 
@@ -36,7 +37,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Ablation:
-    """The file: what is learnt, with which settings, and the arms; the first arm is what the others are compared to."""
+    """The file: what is learnt, with which settings, and the arms."""
 
     objects: tuple[str, ...]
     train: str
@@ -60,27 +61,30 @@ def run_arm(name: str, seed: int, ablation: Ablation, file: Path, options: argpa
 
     arm = ablation.arms[name]
     config = load_config(TrainConfig, file.parent / ablation.train, [*ablation.set, *arm.set, f"seed={seed}"])
-    asked = json.dumps([to_mapping(config), arm.dataset, options.data], default=str, sort_keys=True)
+    question = [to_mapping(config), ablation.objects, options.root / arm.dataset, options.data, options.name, OPEN]
+    asked = json.dumps(question, default=str, sort_keys=True)
     folder = options.out / f"{name}-{seed}-{hashlib.sha256(asked.encode()).hexdigest()[:10]}"
     kept = folder / "row.json"
     if kept.is_file():
         return dict(json.loads(kept.read_text(encoding="utf-8")))
     result = train_on_folders(config, [options.root / arm.dataset], folder, objects=ablation.objects, resume=True)
-    export_checkpoint(result.checkpoint, folder / "student")
     row: dict[str, Any] = {"arm": name, "seed": seed, "samples": result.step * config.batch_size, "set": arm.set}
-    for label, data, ids in options.data:
-        for crops in MODES:
-            gates = EstimatorOptions(**OPEN)
-            settings = EvaluationOptions(ids=ids, crops=crops, estimator=gates)
-            score = evaluate_model(folder / "student", data, settings, names=dict(options.name)).overall
-            row[f"{label}, {crops}"] = {
-                "targets": score.targets,
-                "keypoint_px": score.keypoint_px,
-                "add_auc": score.add_auc,
-                "add_recall": score.add_recall,
-                "ar_mspd": score.ar_mspd,
-                "detection_rate": score.detection_rate,
-            }
+    with tempfile.TemporaryDirectory() as place:
+        student = Path(place) / "student"
+        export_checkpoint(result.checkpoint, student)
+        for label, data, ids in options.data:
+            for crops in MODES:
+                gates = EstimatorOptions(**OPEN)
+                settings = EvaluationOptions(ids=ids, crops=crops, estimator=gates)
+                score = evaluate_model(student, data, settings, names=dict(options.name)).overall
+                row[f"{label}, {crops}"] = {
+                    "targets": score.targets,
+                    "keypoint_px": score.keypoint_px,
+                    "add_auc": score.add_auc,
+                    "add_recall": score.add_recall,
+                    "ar_mspd": score.ar_mspd,
+                    "detection_rate": score.detection_rate,
+                }
     temporary = kept.with_suffix(".new")
     temporary.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, kept)
@@ -111,10 +115,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, required=True, help="folder that the arms' data sets lie in")
     parser.add_argument("--out", type=Path, required=True, help="folder for the runs")
     parser.add_argument("--data", type=_data, action="append", required=True, metavar="NAME=DIR[:FIRST-LAST]")
-    parser.add_argument("--name", action="append", default=[], metavar="ID=NAME", help="ids of --data's objects")
+    parser.add_argument(
+        "--name", type=_renamed, action="append", default=[], metavar="ID=NAME", help="ids of --data's objects"
+    )
     parser.add_argument("--only", nargs="+", metavar="ARM", help="these arms only")
     options = parser.parse_args(arguments)
-    options.name = [(int(n), text) for n, _, text in (word.partition("=") for word in options.name)]
     ablation = load_config(Ablation, options.config)
     unknown = set(options.only or ()) - set(ablation.arms)
     if unknown:

@@ -141,6 +141,18 @@ def test_a_crowd_stands_together() -> None:
         return float(np.median(spreads))
 
     assert spread(1.0) < 0.75 * spread(0.0)
+    draws = sampler(table_fraction=1.0, targets=(4, 6), distractors=(0, 0), crowded_fraction=1.0, occluded_fraction=0.0)
+    pairs = 0
+    for index in range(60):
+        scene = draws.sample(np.random.default_rng(index))
+        assert scene.table is not None
+        places = np.array([b.pose.translation for b in scene.bodies if b.target >= 0])
+        feet = places - np.outer((places - scene.table.pose.translation) @ scene.up, scene.up)
+        for i in range(1, len(feet)):  # the first may stand where no free place was found
+            apart = np.linalg.norm(feet[i] - feet[:i], axis=1)
+            assert apart.min() > 0.5 * 1.5 * draws.radius[0]  # not inside one another
+            pairs += i
+    assert pairs > 100
 
 
 def test_a_busy_scene_takes_collages_and_others_never_do() -> None:

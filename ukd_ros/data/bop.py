@@ -25,6 +25,7 @@ from ukd_ros.geometry.view import LabelledView, ObjectLabel
 MM = 1e-3
 IMAGE_FOLDERS = ("rgb", "gray")
 IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg", ".tif")
+TARGETS_FILE = "test_targets_bop19.json"
 SCENE_FILES = ("scene_gt.json", "scene_gt_info.json", "scene_camera.json")
 
 
@@ -68,9 +69,9 @@ class BopDataset:
             raise BopError(f"{root}: there is no such folder.")
         self.root, scenes = _find_scenes(root, split)
         self.models_folder = _models_folder(self.root, models)
-        self._info = _read_json(self.models_folder / "models_info.json") if self.models_folder is not None else {}
+        self._info = _read_table(self.models_folder / "models_info.json") if self.models_folder is not None else {}
         common = self.root / "camera.json"
-        self._common_camera: dict[str, Any] = _read_json(common) if common.is_file() else {}
+        self._common_camera = _read_table(common) if common.is_file() else {}
         self._names = {int(key): str(value.get("name", f"obj_{int(key):06d}")) for key, value in self._info.items()}
         self._names.update(names or {})
         self._scenes: dict[int, dict[str, dict[str, Any]]] = {}
@@ -105,13 +106,18 @@ class BopDataset:
         """
         entry = self.images[index]
         record = self._scenes[entry.scene_id]["scene_camera.json"][str(entry.image_id)]
-        if "width" in record and "height" in record:
-            return int(record["width"]), int(record["height"])
         common = self._common_camera
-        if not {"width", "height", "fx"} <= common.keys() or not record.get("cam_K"):
-            return None
-        same = abs(float(record["cam_K"][0]) / float(common["fx"]) - 1.0) < 0.01
-        return (int(common["width"]), int(common["height"])) if same else None
+        try:
+            if record.get("width") is not None and record.get("height") is not None:
+                return int(record["width"]), int(record["height"])
+            if not {"width", "height", "fx"} <= common.keys() or not record.get("cam_K"):
+                return None
+            focal, usual = float(np.asarray(record["cam_K"], dtype=np.float64).reshape(-1)[0]), float(common["fx"])
+            same = usual > 0 and abs(focal / usual - 1.0) < 0.01
+            return (int(common["width"]), int(common["height"])) if same else None
+        except (TypeError, ValueError, AttributeError) as error:
+            place = self._folders[entry.scene_id] / "scene_camera.json"
+            raise BopError(f"{place} or {self.root / 'camera.json'}: image {entry.image_id}: {error}.") from error
 
     def name(self, object_id: int) -> str:
         """Return the name of an object; BopError when the data set has no such model."""
@@ -139,7 +145,10 @@ class BopDataset:
         entry = self.images[index]
         width, height = size if size is not None else self._size(entry)
         record = self._scenes[entry.scene_id]["scene_camera.json"][str(entry.image_id)]
-        K = np.asarray(record.get("cam_K", ()), dtype=np.float64)
+        try:
+            K = np.asarray(record.get("cam_K", ()), dtype=np.float64)
+        except (TypeError, ValueError, AttributeError):
+            K = np.zeros(0)
         if K.size != 9:
             raise BopError(f"{self._folders[entry.scene_id]}/scene_camera.json: image {entry.image_id} has no cam_K.")
         return Camera(width, height, K.reshape(3, 3))
@@ -149,6 +158,16 @@ class BopDataset:
 
         `size` (width, height) px tells what is truncated, where scene_camera.json does not (it does in our renders).
         """
+        try:
+            return self._labels(index, masks, size)
+        except (KeyError, TypeError, AttributeError) as error:
+            entry = self.images[index]
+            raise BopError(
+                f"{self._folders[entry.scene_id]}: scene_gt.json or scene_gt_info.json has a malformed entry for image "
+                f"{entry.image_id} ({type(error).__name__}: {error}); write it as BOP has it."
+            ) from error
+
+    def _labels(self, index: int, masks: bool, size: tuple[int, int] | None) -> tuple[ObjectLabel, ...]:
         entry = self.images[index]
         scene = self._scenes[entry.scene_id]
         truth = scene["scene_gt.json"].get(str(entry.image_id), [])
@@ -166,7 +185,7 @@ class BopDataset:
                 ObjectLabel(
                     object_name=self.name(int(label["obj_id"])),
                     T_camera_object=_pose_of(label, self._folders[entry.scene_id], entry.image_id),
-                    visible_fraction=float(np.clip(facts.get("visib_fract", 1.0), 0.0, 1.0)),
+                    visible_fraction=_share(facts, self._folders[entry.scene_id], entry.image_id),
                     mask=mask,
                     truncated=self._truncated(facts, entry, size),
                 )
@@ -202,10 +221,22 @@ class BopDataset:
 
     def targets(self) -> tuple[BopTarget, ...]:
         """Return what test_targets_bop19.json asks for, of the images present; BopError when there is no such file."""
-        rows = _read_json(self.root / "test_targets_bop19.json")
+        path = self.root / TARGETS_FILE
+        rows = _read_json(path)
         present = {(image.scene_id, image.image_id) for image in self.images}
-        out = [BopTarget(int(r["scene_id"]), int(r["im_id"]), int(r["obj_id"]), int(r["inst_count"])) for r in rows]
+        try:
+            out = [BopTarget(int(r["scene_id"]), int(r["im_id"]), int(r["obj_id"]), int(r["inst_count"])) for r in rows]
+        except (KeyError, TypeError, ValueError) as error:
+            raise BopError(
+                f"{path}: must be a list of scene_id, im_id, obj_id, inst_count ({type(error).__name__}: {error})."
+            ) from error
         return tuple(t for t in out if (t.scene_id, t.image_id) in present)
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether a target list speaks for these images: other splits than test number theirs alike."""
+        tested = all(folder.parent.name.startswith("test") for folder in self._folders.values())
+        return tested and (self.root / TARGETS_FILE).is_file()
 
     def mesh(self, object_id: int, evaluation: bool = False) -> Mesh:
         """Return an object's mesh in metres; for ``evaluation`` the lighter one of models_eval/ where there is one."""
@@ -227,7 +258,7 @@ class BopDataset:
     def _open_scene(self, folder: Path) -> list[BopImage]:
         scene_id = int(folder.name)
         self._folders[scene_id] = folder
-        files = {name: _read_json(folder / name) if (folder / name).is_file() else {} for name in SCENE_FILES}
+        files = {name: _read_table(folder / name) if (folder / name).is_file() else {} for name in SCENE_FILES}
         self._scenes[scene_id] = files
         images = _image_files(folder)
         for image_id, path in images.items():
@@ -350,6 +381,22 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise BopError(f"{path}: is not valid JSON ({error}); copy it again.") from error
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    """Read a file that must map ids or names to values."""
+    content = _read_json(path)
+    if not isinstance(content, dict):
+        raise BopError(f"{path}: must be a mapping, as BOP has it, not a {type(content).__name__}.")
+    return content
+
+
+def _share(facts: dict[str, Any], folder: Path, image_id: int) -> float:
+    """Return the visible fraction, 1 where nothing is said."""
+    share = facts.get("visib_fract", 1.0)
+    if not isinstance(share, (int, float)) or not np.isfinite(share):
+        raise BopError(f"{folder}/scene_gt_info.json: image {image_id} has visib_fract {share!r}, not a number.")
+    return float(np.clip(share, 0.0, 1.0))
 
 
 def _is_scene(folder: Path) -> bool:

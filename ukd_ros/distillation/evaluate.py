@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ukd_ros.data.bop import BopDataset, BopError
+from ukd_ros.data.bop import TARGETS_FILE, BopDataset, BopError
 from ukd_ros.data.bop_check import check_bop
 from ukd_ros.distillation.failures import cause_of
 from ukd_ros.distillation.pose_check import pose_check
@@ -63,7 +63,6 @@ from ukd_ros.perception.votes import keypoint_box
 logger = logging.getLogger(__name__)
 
 CROPS = ("estimator", "oracle")
-TARGETS_FILE = "test_targets_bop19.json"
 MAX_ADD_S_POINTS = 1000
 """About so many true points ask for the nearest estimated one, which is looked for among all."""
 
@@ -160,8 +159,8 @@ def evaluate_model(
 def _check(data: BopDataset, known: Sequence[str], options: EvaluationOptions) -> None:
     """Refuse a faulty data set before the work starts; BopError."""
     objects = [i for i in data.object_ids if data.name(i) in known]
-    listed = options.target_list and (data.root / TARGETS_FILE).is_file()
-    check_bop(data, _chosen(data, options), objects=objects, targets=listed)
+    listed = options.target_list and data.has_targets
+    check_bop(data, _chosen(data, options), objects=objects, targets=listed, evaluation=True)
 
 
 def _chosen(data: BopDataset, options: EvaluationOptions) -> list[int]:
@@ -209,7 +208,7 @@ class _Judge:
 
     def _target_counts(self) -> dict[tuple[int, int, str], int] | None:
         """Return how many instances of an object are asked for in an image (scene, image, name), if a list says so."""
-        if not self.options.target_list or not (self.data.root / TARGETS_FILE).is_file():
+        if not self.options.target_list or not self.data.has_targets:
             return None
         targets = [t for t in self.data.targets() if t.object_id in self.data.object_ids]
         return {(t.scene_id, t.image_id, self.data.name(t.object_id)): t.count for t in targets}

@@ -266,14 +266,14 @@ def open_folders(
 
     BopError or ValueError when a folder, its masks or an object is missing or a folder is faulty.
     """
+    tqdm.monitor_interval = 0  # its thread would not survive the fork of an ensemble
     folders = [BopDataset(path) for path in datasets]
     if not folders:
         raise ValueError("train: needs at least one BOP-format data set")
-    for folder in [*folders, *([BopDataset(held_out)] if held_out else [])]:
-        learnt = [i for i in folder.object_ids if not objects or folder.name(i) in objects]
-        check_bop(folder, objects=learnt, masks=True)
     first = folders[0]
     ids = [first.object_id(name) for name in objects] if objects else list(first.object_ids)
+    for folder in [*folders, *([BopDataset(held_out)] if held_out else [])]:
+        check_bop(folder, objects=ids if folder is first else (), masks=True)
     models = [first.object_model(i, config.keypoints, config.keypoint_kind) for i in ids]
     data = WindowDataset(_Joined(folders), models, config.window, config.seed, progress)
     checked = (

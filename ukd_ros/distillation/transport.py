@@ -153,7 +153,8 @@ def gaussian_distance(x: Tensor, cov_x: Tensor, y: Tensor, cov_y: Tensor) -> Ten
     tiny = torch.finfo(product.dtype).tiny
     root = (product + 2.0 * areas.clamp(min=tiny).sqrt()).clamp(min=tiny).sqrt()
     traces = A.diagonal(dim1=-2, dim2=-1).sum(-1) + B.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return squared_distance(x, y) + 0.5 * (traces - 2.0 * root)
+    distance: Tensor = squared_distance(x, y) + 0.5 * (traces - 2.0 * root)
+    return distance
 
 
 def _require_equal(left: Tensor, right: Tensor) -> None:
