@@ -42,6 +42,8 @@ MODES = np.array([1.0, 1.0, 0.8, 0.5])
 class PaintedViews:
     """Labelled views of a painted world: one object each, some of them truncated or unlabelled."""
 
+    object_ids = ()
+
     def __init__(self, world: World, count: int) -> None:
         self.world, self.count = world, count
         self.truncated: set[int] = set()
@@ -164,6 +166,7 @@ class Painted:
 
     name: str
     calibration: Calibration
+    objects: tuple[ObjectModel, ...] = ()
 
 
 def test_the_shrinkage_of_a_doubtful_network_is_found(rng: np.random.Generator) -> None:
@@ -234,11 +237,13 @@ def test_the_result_is_stored_in_the_model(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(module, "PoseEstimator", lambda bundle, backend, options: opened(bundle))
     monkeypatch.setattr(module, "BopDataset", lambda root: PaintedViews(world, 60))
     monkeypatch.setattr(module, "update_calibration", store)
+    monkeypatch.setattr(module, "check_bop", lambda views, chosen, objects: stored.update(checked=list(chosen)))
     options = CalibrationOptions(folds=2, crops="oracle")
     report = module.calibrate_model(
         tmp_path, tmp_path / "renders", limit=50, out=tmp_path / "out", progress=False, options=options
     )
     assert stored["path"] == tmp_path and stored["calibration"] is report.calibration
+    assert stored["checked"] == list(range(50)), "a faulty folder is refused before the first view is judged"
     assert report.views == 50 and report.dataset == "renders" and report.model == "painted"
     kept = stored["provenance"]["calibrated_on"]  # type: ignore[index]
     assert kept["data"] == "renders" and kept["matched"] == report.matched
