@@ -69,7 +69,9 @@ def test_a_member_that_fails_is_named_and_the_other_goes_on(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_parent_leaves_no_orphans_and_checkpoints(stop: signal.Signals, tmp_path: Path) -> None:
-    script = SCRIPT.replace("TINY, 2,", "LONG, 2,")
+    # a background job of a shell ignores SIGINT, and its children with it
+    awake = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    script = awake + SCRIPT.replace("TINY, 2,", "LONG, 2,")
     call = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)]
     parent = subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     files = [tmp_path / f"seed-{seed}" / "checkpoint.pt" for seed in (4, 5)]
