@@ -47,7 +47,7 @@ PLACES = {
     "tqdm": ("data/", "distillation/"),
     "moderngl": ("data/renderer.py",),
     "trimesh": ("data/meshes.py",),
-    "PIL": ("data/meshes.py",),
+    "PIL": ("data/meshes.py", "data/bop_check.py"),
     "rosbags": ("data/bags.py",),
     "cv2": ("perception/", "data/", "distillation/", "ros/"),
     "rclpy": ("ros/",),
