@@ -122,6 +122,34 @@ def train(options: argparse.Namespace) -> int:
     return 0
 
 
+def distill(options: argparse.Namespace) -> int:
+    """Train a student beside an ensemble of teachers."""
+    from ukd_ros.distillation.distill import DistillConfig, distill_on_folders
+
+    config = load_config(DistillConfig, options.config, options.set)
+    if options.settings:
+        return _show(config)
+    _needs(options, "teacher", "dataset", "out")
+    result = distill_on_folders(
+        config,
+        options.teacher,
+        options.dataset,
+        options.out,
+        objects=options.object,
+        unlabelled=options.unlabelled,
+        cache=options.cache,
+        held_out=options.held_out,
+        resume=options.resume,
+        time_budget_s=options.time_budget,
+        progress=not options.quiet,
+    )
+    if result.finished:
+        print(f"distilled {result.step} steps; next: ukd export --checkpoint {result.checkpoint} --out models/NAME")
+    else:
+        print(f"stopped at step {result.step} of {config.steps}; go on with --resume")
+    return 0
+
+
 def export(options: argparse.Namespace) -> int:
     """Write a model folder from a checkpoint."""
     from ukd_ros.distillation.checkpoint import load_checkpoint
@@ -259,6 +287,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _add_render(commands)
     _add_train(commands)
+    _add_distill(commands)
     _add_export(commands)
     _add_calibrate(commands)
     _add_evaluate(commands)
@@ -303,13 +332,29 @@ def _add_render(commands: Any) -> None:
 def _add_train(commands: Any) -> None:
     parser = _command(commands, "train", train, "train a network on BOP-format folders with masks")
     add = parser.add_argument
+    _add_training(parser)
+    add("--ensemble", type=_positive, metavar="M", help="train M seeds side by side into OUT/seed-N, sharing the views")
+
+
+def _add_training(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("--dataset", action="append", default=[], type=Path, metavar="DIR", help="BOP-format folder; again for more")
     add("--object", action="append", default=[], metavar="NAME", help="object to learn; again for more (default: all)")
     add("--held-out", type=Path, metavar="DIR", help="BOP-format folder that is only validated on")
     add("--out", type=Path, metavar="DIR", help="checkpoint.pt, metrics.jsonl and curves.png appear here")
     add("--resume", action="store_true", help="go on where the run in --out stopped, with the same numbers")
     add("--time-budget", type=_duration, metavar="9m", help="stop and checkpoint then; the schedule does not change")
-    add("--ensemble", type=_positive, metavar="M", help="train M seeds side by side into OUT/seed-N, sharing the views")
+
+
+def _add_distill(commands: Any) -> None:
+    parser = _command(commands, "distill", distill, "train a student beside an ensemble of teachers")
+    add = parser.add_argument
+    words = "run of a teacher, its checkpoint, or the folder of ukd train --ensemble; again for more"
+    add("--teacher", action="append", default=[], type=Path, metavar="RUN", help=words)
+    _add_training(parser)
+    words = "BOP-format folder whose labels, if any, are not read; again for more"
+    add("--unlabelled", action="append", default=[], type=Path, metavar="DIR", help=words)
+    add("--cache", type=Path, metavar="DIR", help="where the teachers' answers are kept (default OUT/teachers)")
 
 
 def _add_export(commands: Any) -> None:

@@ -27,7 +27,10 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from test_ensemble import *
+import cv2, numpy as np
 from ukd_ros.distillation.ensemble import EnsembleError, train_ensemble
+cv2.setNumThreads(2)
+cv2.GaussianBlur(np.zeros((1500, 1500), np.float32), (31, 31), 0)  # OpenCV's threads run before the fork
 data = WindowDataset(CubeViews(4), [CUBE], TINY.window, seed=TINY.seed)
 try:
     results = train_ensemble(TINY, 2, data, [CUBE], Path(sys.argv[2]), resume="resume" in sys.argv, progress=False)

@@ -8,6 +8,7 @@ rays stay exact.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -24,10 +25,22 @@ from ukd_ros.geometry.camera import Camera
 from ukd_ros.geometry.object_model import ObjectModel
 from ukd_ros.geometry.pose import Pose, exp_so3
 from ukd_ros.geometry.symmetry import canonical
-from ukd_ros.geometry.view import LabelledView
+from ukd_ros.geometry.view import LabelledView, View
 from ukd_ros.perception.crop import Crop
 
 FloatArray = npt.NDArray[np.float64]
+
+
+class Windows(Protocol):
+    """Training windows by number, such as those of `WindowDataset`."""
+
+    def sample(self, index: int) -> TrainingSample:
+        """Return window number `index`, any non-negative integer."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return what tells these windows from any others."""
+        ...
 
 
 class LabelledViews(Protocol):
@@ -100,13 +113,15 @@ class WindowObject:
 class TrainingSample:
     """A window: `image` [S,S,3] uint8 RGB, `mask` [S,S] uint8 (1 + number of the object), and its objects.
 
-    `ray_matrix` [3,3] takes homogeneous window px to viewing rays of the source camera's optical frame.
+    `ray_matrix` [3,3] takes homogeneous window px to viewing rays of the source camera's optical frame. `labelled`:
+    whether anybody has said what is in it (a labelled window without objects is known to be empty).
     """
 
     image: npt.NDArray[np.uint8]
     mask: npt.NDArray[np.uint8]
     objects: tuple[WindowObject, ...]
     ray_matrix: FloatArray
+    labelled: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +176,18 @@ class WindowDataset:
     def __len__(self) -> int:
         """Return the number of objects that windows are centred on: one pass over the data."""
         return len(self.anchors)
+
+    def fingerprint(self) -> str:
+        """Return a digest of the settings, the seed, the objects and the views (of every 16th pixel either way)."""
+        found = hashlib.sha256(repr((self.config, self.seed, [m.name for m in self.models])).encode())
+        for model in self.models:
+            found.update(np.ascontiguousarray(model.keypoints_3d).tobytes())
+        for frame in self.frames:
+            found.update(np.ascontiguousarray(frame.image[::16, ::16]).tobytes())
+            found.update(np.ascontiguousarray(frame.instances[::16, ::16]).tobytes())
+            for item in frame.objects:
+                found.update(np.ascontiguousarray(item.xy).tobytes())
+        return found.hexdigest()
 
     def sample(self, index: int) -> TrainingSample:
         """Return window number `index` (any non-negative integer; passes over the data are shuffled anew)."""
@@ -249,6 +276,62 @@ class WindowDataset:
         pose = turn.inverse() @ canonical(turn @ frame.poses[number], model.symmetries)
         points = pose.transform(model.keypoints_3d)
         return replace(item, xy=frame.camera.project(points), points_camera=points)
+
+
+class UnlabelledWindows(WindowDataset):
+    """Windows of views without labels, framed on boxes in which somebody supposes an object.
+
+    Cut and augmented as labelled ones are; their samples have no objects and are not `labelled`.
+    """
+
+    def __init__(
+        self,
+        views: Sequence[View],
+        boxes: Sequence[tuple[int, FloatArray]],
+        models: Sequence[ObjectModel],
+        config: WindowConfig,
+        seed: int,
+    ) -> None:
+        """`boxes`: number of the view and [4] x0 y0 x1 y1 px; ValueError when there is none."""
+        if not boxes:
+            raise ValueError(f"none of the {len(views)} views without labels has anything to frame")
+        self.config, self.models, self.seed = config, tuple(models), seed
+        proposed: dict[int, list[WindowObject]] = {}
+        for number, box in boxes:
+            corners = np.array([box[:2], box[2:]], np.float64)
+            size = float(np.ptp(corners, axis=0).max())
+            proposed.setdefault(number, []).append(WindowObject(0, corners, np.zeros((2, 3)), 1.0, size, False))
+        self.frames = []
+        for number, view in enumerate(views):
+            items = tuple(proposed.get(number, ()))
+            nobody = np.zeros(view.image.shape[:2], np.uint8)
+            empty = np.zeros(len(items))
+            self.frames.append(_Frame(view.image, nobody, view.camera, items, (), (1.0,) * len(items), empty))
+        self.anchors = [(f, o) for f, frame in enumerate(self.frames) for o in range(len(frame.objects))]
+
+    def sample(self, index: int) -> TrainingSample:
+        """Return window number `index`, without labels."""
+        return replace(super().sample(index), labelled=False)
+
+
+class MixedWindows:
+    """Labelled windows, and among them a share of unlabelled ones; the numbers say which, whatever the order."""
+
+    def __init__(self, labelled: WindowDataset, unlabelled: WindowDataset, share: float, seed: int) -> None:
+        """`share` of unlabelled windows, inside 0..1."""
+        if not 0.0 < share < 1.0:
+            raise ValueError(f"the share of unlabelled windows must be inside 0..1, not {share}")
+        self._parts, self._share, self._seed = (labelled, unlabelled), share, seed
+
+    def fingerprint(self) -> str:
+        """Return a digest of both parts and their share."""
+        words = repr((*(part.fingerprint() for part in self._parts), self._share, self._seed))
+        return hashlib.sha256(words.encode()).hexdigest()
+
+    def sample(self, index: int) -> TrainingSample:
+        """Return window number `index`."""
+        chance = np.random.default_rng((self._seed, 0x3A7E, index)).random()
+        return self._parts[int(chance < self._share)].sample(index)
 
 
 @lru_cache(maxsize=4)

@@ -47,12 +47,14 @@ def level_shares(size_px: float, positives: int) -> list[int]:
 
 
 def assign(samples: Sequence[TrainingSample], classes: int, keypoints: int, positives: int = 10) -> Assignment:
-    """Return the targets of a batch of equally large windows."""
+    """Return the targets of a batch of equally large windows; of one without labels every cell is ignored."""
     size = samples[0].image.shape[0]
     cells = sum((size // s) ** 2 for s in STRIDES)
     state = np.zeros((len(samples), cells, classes), np.int8)
     rows: list[tuple[int, int, int, WindowObject]] = []
     for b, sample in enumerate(samples):
+        if not sample.labelled:
+            state[b] = IGNORED  # nobody knows what is in it
         for number, item in enumerate(sample.objects):
             chosen = _assign_object(state[b, :, item.class_index], sample.mask == number + 1, item, size, positives)
             rows.extend((b, cell, item.class_index, item) for cell in chosen)
@@ -68,6 +70,15 @@ def assign(samples: Sequence[TrainingSample], classes: int, keypoints: int, posi
         rays,
         np.array([r[3].diameter for r in rows], np.float32),
     )
+
+
+def object_rows(targets: Assignment) -> list[tuple[int, int]]:
+    """Return the ranges of rows that belong to one object each (its votes stand together)."""
+    if len(targets.batch) == 0:
+        return []
+    changes = np.flatnonzero(np.any(targets.xy[1:] != targets.xy[:-1], axis=(1, 2))) + 1
+    bounds = [0, *changes.tolist(), len(targets.batch)]
+    return list(zip(bounds[:-1], bounds[1:], strict=True))
 
 
 def _assign_object(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ukd_ros.data.dataset import WindowDataset
+from ukd_ros.data.dataset import Windows
 from ukd_ros.distillation.assignment import Assignment, assign
 from ukd_ros.distillation.parallel import Processes
 
@@ -26,14 +26,23 @@ class BatchShape:
     positives: int
 
 
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """Windows by `numbers`, their `image` [B,3,S,S] uint8 and their `targets`."""
+
+    numbers: range
+    image: Tensor
+    targets: Assignment
+
+
 class Batches:
     """Makes this process's micro-batches ahead of time in a thread; iteration starts at `step` and never ends."""
 
     def __init__(
-        self, data: WindowDataset, shape: BatchShape, classes: int, keypoints: int, step: int, processes: Processes
+        self, data: Windows, shape: BatchShape, classes: int, keypoints: int, step: int, processes: Processes
     ) -> None:
         self._make = (data, shape, classes, keypoints, processes)
-        self._queue: queue.Queue[list[tuple[Tensor, Assignment]] | BaseException] = queue.Queue(maxsize=3)
+        self._queue: queue.Queue[list[MicroBatch] | BaseException] = queue.Queue(maxsize=3)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(step,), name="batches", daemon=True)
         self._thread.start()
@@ -46,7 +55,7 @@ class Batches:
         except BaseException as error:  # handed to the training loop, which raises it
             self._put(error)
 
-    def _put(self, item: list[tuple[Tensor, Assignment]] | BaseException) -> None:
+    def _put(self, item: list[MicroBatch] | BaseException) -> None:
         while not self._stop.is_set():
             try:
                 self._queue.put(item, timeout=0.2)
@@ -54,17 +63,18 @@ class Batches:
             except queue.Full:
                 continue
 
-    def _batch(self, step: int) -> list[tuple[Tensor, Assignment]]:
+    def _batch(self, step: int) -> list[MicroBatch]:
         data, shape, classes, keypoints, processes = self._make
         out = []
         for micro in range(processes.rank, shape.batch_size // shape.micro_batch, processes.count):
             first = step * shape.batch_size + micro * shape.micro_batch
             samples = [data.sample(first + i) for i in range(shape.micro_batch)]
             image = torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2)
-            out.append((image, assign(samples, classes, keypoints, shape.positives)))
+            targets = assign(samples, classes, keypoints, shape.positives)
+            out.append(MicroBatch(range(first, first + shape.micro_batch), image, targets))
         return out
 
-    def __iter__(self) -> Iterator[list[tuple[Tensor, Assignment]]]:
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
         while True:
             item = self._queue.get()
             if isinstance(item, BaseException):

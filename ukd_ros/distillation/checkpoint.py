@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,17 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A network with its optimizer state, the steps done, the training settings and the objects it knows."""
+    """A network with its optimizer state, the steps done, the training settings and the objects it knows.
+
+    `extra`: weights that only training needs (a distillation's projection).
+    """
 
     network: KeypointNetwork
     optimizer: dict[str, Any]
     step: int
     config: dict[str, Any]
     models: tuple[ObjectModel, ...]
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -41,6 +45,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "optimizer": checkpoint.optimizer,
         "step": checkpoint.step,
         "config": checkpoint.config,
+        "extra": checkpoint.extra,
         "models": [
             {
                 "name": m.name,
@@ -81,4 +86,5 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ObjectModel(m["name"], m["keypoints_3d"].numpy(), m["diameter"], Symmetries.from_bop(m["symmetries"]))
         for m in content["models"]
     )
-    return Checkpoint(network, content["optimizer"], int(content["step"]), content["config"], models)
+    extra = content.get("extra", {})
+    return Checkpoint(network, content["optimizer"], int(content["step"]), content["config"], models, extra)

@@ -21,17 +21,22 @@ def draw_curves(metrics: Path, out: Path) -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 3)
     samples = np.array([r["samples"] for r in records])
-    for name in ("loss", "focal", "ray"):
-        panels[0].plot(samples, [r[name] for r in records], label=name)
+    told = sorted({name for r in records for name in r if name.startswith("kd_") and name != "kd_scale"})
+    for name in ("loss", "focal", "ray", *told):
+        values = np.array([r.get(name, np.nan) for r in records], float)
+        panels[0].plot(samples, np.where(values > 0, values, np.nan), label=name)
     panels[0].set_yscale("log")
     panels[0].set_title("loss")
-    panels[1].plot(samples, [r["error_px"] for r in records], label="training votes (mean)")
+    missed = np.array([r["error_px"] for r in records], float)
+    panels[1].plot(samples, np.where(missed > 0, missed, np.nan), label="training votes (mean)")
     checked = [r for r in records if "val_px" in r]
     if checked:
         panels[1].plot([r["samples"] for r in checked], [r["val_px"] for r in checked], "o-", label="held out (median)")
     panels[1].set_yscale("log")
     panels[1].set_title("keypoint error, px of the window")
     panels[2].plot(samples, [r["nll"] for r in records], label="scale NLL")
+    if any("kd_scale" in r for r in records):
+        panels[2].plot(samples, [r.get("kd_scale", np.nan) for r in records], label="kd_scale (fractions of the side)")
     panels[2].set_title("negative log-likelihood of the votes")
     for panel in panels:
         panel.set_xlabel("training windows")

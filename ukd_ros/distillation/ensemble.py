@@ -20,6 +20,8 @@ from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import cv2
+
 from ukd_ros.data.dataset import WindowDataset
 from ukd_ros.distillation.checkpoint import load_checkpoint
 from ukd_ros.distillation.train import TrainConfig, TrainResult, train
@@ -69,6 +71,8 @@ def train_ensemble(
     if "RANK" in os.environ:
         raise ValueError("an ensemble is not trained under torchrun: start it without, or train its seeds one by one")
     threads = config.threads or max(1, len(os.sched_getaffinity(0)) // members)
+    # a member that changed OpenCV's pool would wait for ever for threads that a fork does not copy
+    cv2.setNumThreads(1)
     parent = os.getpid()
 
     def run(seed: int) -> None:

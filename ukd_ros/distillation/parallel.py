@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed, nn
 
+_DEVICE_OF = {"nccl": "cuda"}
+"""Where a backend wants its tensors."""
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -30,9 +33,9 @@ class Processes:
         """Return the sum of a tensor over all processes."""
         if self.count == 1:
             return value
-        total = value.clone()
+        total = value.to(_DEVICE_OF.get(distributed.get_backend(), value.device), copy=True)
         distributed.all_reduce(total)
-        return total
+        return total.to(value.device)
 
     def any(self, flag: bool) -> bool:
         """Return whether any process says yes; all get the same answer."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ukd_ros.distillation.checkpoint import load_checkpoint
 from ukd_ros.geometry.object_model import ObjectModel
-from ukd_ros.perception.network import KeypointNetwork
+from ukd_ros.perception.network import KeypointNetwork, cell_features
 
 SAME_POINT = 1e-6
 """Keypoints of teacher and student may differ by this much, m."""
@@ -31,24 +31,34 @@ class TeacherError(ValueError):
 class EnsembleVotes:
     """The ensemble's votes for a batch: `score` [B,N,C], `xy` [B,N,C,K,2] px, their means over the members; `spread`
     and `cov` [B,N,C,K,3] px², each (uu, uv, vv): the covariance between members, and the mean of their own.
+    `features` [B,N,F]: the pyramid's cells of the first member (those of another seed are in another basis).
     """
 
     score: Tensor
     xy: Tensor
     spread: Tensor
     cov: Tensor
+    features: Tensor
 
 
 class Ensemble:
     """M trained networks of one kind; `predict` asks all of them."""
 
-    def __init__(self, networks: Sequence[KeypointNetwork], names: Sequence[str] = (), identity: str = "") -> None:
+    def __init__(
+        self,
+        networks: Sequence[KeypointNetwork],
+        names: Sequence[str] = (),
+        identity: str = "",
+        *,
+        single: bool = False,
+    ) -> None:
         """`names` are for messages (one each); `identity` tells this ensemble from any other.
 
-        TeacherError for less than two members (one cannot disagree with itself), or members of different kinds.
+        TeacherError for less than two members (one cannot disagree with itself; `single` asks for exactly that: its
+        spread is zero), or members of different kinds.
         """
         names = list(names) or [f"member {i}" for i in range(len(networks))]
-        if len(networks) < 2:
+        if len(networks) < (1 if single else 2):
             raise TeacherError(
                 f"{', '.join(names) or 'no teacher'}: an ensemble needs two members or more, for one alone cannot say "
                 "where it is unsure; train more seeds with ukd train --ensemble"
@@ -65,16 +75,22 @@ class Ensemble:
 
     @classmethod
     def load(
-        cls, checkpoints: Sequence[Path], models: Sequence[ObjectModel], window: int, device: torch.device
+        cls,
+        checkpoints: Sequence[Path],
+        models: Sequence[ObjectModel],
+        window: int,
+        device: torch.device,
+        *,
+        single: bool = False,
     ) -> Ensemble:
         """Read checkpoints (files or folders of runs) that must know the student's objects, keypoints and window side.
 
-        TeacherError names the file and what differs; CheckpointError for what cannot be read.
+        A folder that `ukd train --ensemble` wrote stands for all its members. TeacherError names the file and what
+        differs; CheckpointError for what cannot be read.
         """
         networks, names = [], []
         digest = hashlib.sha256()
-        for given in checkpoints:
-            path = given / "checkpoint.pt" if given.is_dir() else given
+        for path in member_files(checkpoints):
             content = load_checkpoint(path)
             _require_same(path, content.models, models)
             side = int(content.config.get("window", {}).get("size", window))
@@ -83,7 +99,7 @@ class Ensemble:
             digest.update(hashlib.sha256(path.read_bytes()).digest())
             networks.append(content.network.to(device))
             names.append(str(path))
-        return cls(networks, names, digest.hexdigest())
+        return cls(networks, names, digest.hexdigest(), single=single)
 
     def __len__(self) -> int:
         """Return the number of members."""
@@ -94,11 +110,14 @@ class Ensemble:
         """Return the votes for images [B,3,H,W] float32 RGB 0..255."""
         score: Tensor | None = None
         for count, network in enumerate(self.networks, start=1):
-            s, xy, scale = network(images)
+            network.fix_input(images.shape[3], images.shape[2])
+            pyramid = network.pyramid(images)
+            s, xy, scale = network.decode(network.raw_votes(pyramid))
             own = _covariance(scale)
             if score is None:
                 score, mean, cov = s.clone(), xy.clone(), own
                 scatter = torch.zeros_like(own)
+                features = cell_features(pyramid)
                 continue
             # Welford: one member in memory at a time, and no small difference of large squares
             delta = xy - mean
@@ -109,8 +128,18 @@ class Ensemble:
             )
             score = score + (s - score) / count
             cov = cov + (own - cov) / count
-        assert score is not None  # two members at least
-        return EnsembleVotes(score, mean, scatter / (len(self.networks) - 1), cov)
+        assert score is not None  # one member at least
+        return EnsembleVotes(score, mean, scatter / max(1, len(self.networks) - 1), cov, features)
+
+
+def member_files(given: Sequence[Path]) -> list[Path]:
+    """Return the checkpoints meant by files, folders of runs and folders of ensembles (seed-0, seed-1, …)."""
+    found: list[Path] = []
+    for path in given:
+        members = sorted(path.glob("seed-*/checkpoint.pt")) if path.is_dir() else []
+        own = path / "checkpoint.pt"
+        found += members if members and not own.is_file() else [own if path.is_dir() else path]
+    return found
 
 
 def as_matrices(terms: Tensor) -> Tensor:

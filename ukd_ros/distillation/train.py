@@ -27,11 +27,12 @@ from tqdm import tqdm
 
 from ukd_ros.data.bop import BopDataset
 from ukd_ros.data.bop_check import check_bop
-from ukd_ros.data.dataset import WindowConfig, WindowDataset
-from ukd_ros.distillation.assignment import Assignment, assign
-from ukd_ros.distillation.batches import Batches, BatchShape
+from ukd_ros.data.dataset import WindowConfig, WindowDataset, Windows
+from ukd_ros.distillation.assignment import Assignment, assign, object_rows
+from ukd_ros.distillation.batches import Batches, BatchShape, MicroBatch
 from ukd_ros.distillation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ukd_ros.distillation.curves import draw_curves
+from ukd_ros.distillation.guide import Guide
 from ukd_ros.distillation.losses import focal_loss, gaussian_nll, ray_loss
 from ukd_ros.distillation.muon import Muon, Together
 from ukd_ros.distillation.norms import NormStatistics
@@ -40,7 +41,14 @@ from ukd_ros.geometry.object_model import ObjectModel
 from ukd_ros.geometry.view import LabelledView
 from ukd_ros.perception.backends import torch_network
 from ukd_ros.perception.bundle import find_model, load_bundle
-from ukd_ros.perception.network import KeypointNetwork, NetworkConfig, cell_geometry, decode_scale
+from ukd_ros.perception.network import (
+    KeypointNetwork,
+    NetworkConfig,
+    RawOutput,
+    cell_features,
+    cell_geometry,
+    decode_scale,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -132,10 +140,11 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def train(
     config: TrainConfig,
-    data: WindowDataset,
+    data: Windows,
     models: Sequence[ObjectModel],
     out: Path,
     *,
+    guide: Guide | None = None,
     held_out: WindowDataset | None = None,
     resume: bool = False,
     time_budget_s: float | None = None,
@@ -143,31 +152,32 @@ def train(
 ) -> TrainResult:
     """Train a network on `data`; checkpoints, metrics.jsonl and curves.png appear under `out`.
 
+    `guide`: what teachers add to the loss (`distill`); windows without labels teach by it alone.
     `time_budget_s` stops and checkpoints when the time is up; the schedule does not change, `resume` goes on.
     FileExistsError when `out` holds a run and `resume` is False; ValueError when the run there had another
     configuration; TrainingDiverged when a loss is not finite.
     """
     started = time.monotonic()
     processes = Processes.from_environment()
-    device = _device(config, processes)
+    device = train_device(config, processes)
     if config.threads:
         torch.set_num_threads(config.threads)
     cv2.setNumThreads(1)  # the batches are made in a thread of their own
     torch.manual_seed(config.seed)
     keypoints = models[0].keypoints_3d.shape[0]
-    names = tuple(m.name for m in models)
-    network = KeypointNetwork(NetworkConfig(config.architecture, names, keypoints, config.width_factor))
+    network = new_network(config, models)
     path = out / "checkpoint.pt"
     if config.initial and not path.exists():
         _start_from(Path(config.initial), network)
     network = network.to(device).channels_last()
-    optimizer = _optimizer(network, config)
+    learner = nn.ModuleList([network, *([guide.module.to(device)] if guide else [])])
+    optimizer = _optimizer(network, config, guide.module if guide else None)
     norms = NormStatistics(network)
     if path.exists() and not resume:
         raise FileExistsError(
             f"{path}: there is a training run already; continue it with --resume or choose another folder"
         )
-    step = _restore(path, network, optimizer, norms, config) if path.exists() else 0
+    step = _restore(path, network, optimizer, norms, config, guide) if path.exists() else 0
     if step >= config.steps:
         logger.info("%s: all %d steps are done already", path, step)
         return TrainResult(step, True, path)
@@ -184,15 +194,15 @@ def train(
         for micro_batches in batches:
             # 1. gradients of this process's share, normalised by counts over the whole batch
             optimizer.zero_grad(set_to_none=True)
-            terms = _backward(network, norms, micro_batches, config, processes, device)
-            processes.sum_gradients(network)
+            terms = _backward(network, norms, micro_batches, config, processes, device, guide)
+            processes.sum_gradients(learner)
             if not math.isfinite(terms["loss"]):
                 bad = [name for name, value in terms.items() if not math.isfinite(value)]
                 raise TrainingDiverged(
                     f"step {step}: {', '.join(bad)} is not finite; the last good checkpoint is {path}"
                 )
             # 2. the step
-            nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
+            nn.utils.clip_grad_norm_(learner.parameters(), config.clip_norm)
             optimizer.set_learning_rate(learning_rate(step, config))
             optimizer.step()
             norms.update(processes)
@@ -219,7 +229,8 @@ def train(
             if newest or kept:
                 norms.store()
                 if processes.rank == 0:
-                    now = Checkpoint(network, optimizer.state_dict(), step, asdict(config), tuple(models))
+                    extra = guide.module.state_dict() if guide else {}
+                    now = Checkpoint(network, optimizer.state_dict(), step, asdict(config), tuple(models), extra)
                     save_checkpoint(path, now)
                     if kept:
                         save_checkpoint(out / f"step-{step:06d}.pt", now)
@@ -230,6 +241,13 @@ def train(
         batches.close()
         bar.close()
     return TrainResult(step, step >= config.steps, path)
+
+
+def new_network(config: TrainConfig, models: Sequence[ObjectModel]) -> KeypointNetwork:
+    """Return the untrained network of a run."""
+    names = tuple(m.name for m in models)
+    keypoints = models[0].keypoints_3d.shape[0]
+    return KeypointNetwork(NetworkConfig(config.architecture, names, keypoints, config.width_factor))
 
 
 def train_on_folders(
@@ -260,26 +278,38 @@ def open_folders(
     *,
     objects: Sequence[str] = (),
     held_out: Path | None = None,
+    seed: int | None = None,
     progress: bool = True,
 ) -> tuple[WindowDataset, list[ObjectModel], WindowDataset | None]:
     """Check and decode BOP-format folders; return the windows, the objects' models and the windows to validate on.
 
+    `seed` of the windows (default: the run's).
     BopError or ValueError when a folder, its masks or an object is missing or a folder is faulty.
     """
     tqdm.monitor_interval = 0  # its thread would not survive the fork of an ensemble
+    folders, models = object_models(config, datasets, objects)
+    ids = [folders[0].object_id(model.name) for model in models]
+    for folder in [*folders, *([BopDataset(held_out)] if held_out else [])]:
+        check_bop(folder, objects=ids if folder is folders[0] else (), masks=True)
+    seed = config.seed if seed is None else seed
+    data = WindowDataset(_Joined(folders), models, config.window, seed, progress)
+    checked = WindowDataset(BopDataset(held_out), models, config.window, seed + 1, progress) if held_out else None
+    return data, models, checked
+
+
+def object_models(
+    config: TrainConfig, datasets: Sequence[Path], objects: Sequence[str]
+) -> tuple[list[BopDataset], list[ObjectModel]]:
+    """Open BOP-format folders; return them and the models of the objects (all of the first folder by default).
+
+    BopError or ValueError when a folder or an object is missing.
+    """
     folders = [BopDataset(path) for path in datasets]
     if not folders:
         raise ValueError("train: needs at least one BOP-format data set")
     first = folders[0]
     ids = [first.object_id(name) for name in objects] if objects else list(first.object_ids)
-    for folder in [*folders, *([BopDataset(held_out)] if held_out else [])]:
-        check_bop(folder, objects=ids if folder is first else (), masks=True)
-    models = [first.object_model(i, config.keypoints, config.keypoint_kind) for i in ids]
-    data = WindowDataset(_Joined(folders), models, config.window, config.seed, progress)
-    checked = (
-        WindowDataset(BopDataset(held_out), models, config.window, config.seed + 1, progress) if held_out else None
-    )
-    return data, models, checked
+    return folders, [first.object_model(i, config.keypoints, config.keypoint_kind) for i in ids]
 
 
 class _Joined:
@@ -299,46 +329,65 @@ class _Joined:
 def _backward(
     network: KeypointNetwork,
     norms: NormStatistics,
-    micro_batches: list[tuple[Tensor, Assignment]],
+    micro_batches: list[MicroBatch],
     config: TrainConfig,
     processes: Processes,
     device: torch.device,
+    guide: Guide | None = None,
 ) -> dict[str, float]:
     """Accumulate gradients over this process's micro-batches; return the loss terms of the whole batch."""
-    votes = sum(len(targets.batch) for _, targets in micro_batches)
-    total_votes = max(1.0, processes.sum(torch.tensor([float(votes)], dtype=torch.float64))[0].item())
-    size = config.window.size
-    _, anchors = cell_geometry(size, size)
-    centres = cell_geometry(size, size)[0].to(device)
-    anchors = anchors.to(device)
-    sums = torch.zeros(5, dtype=torch.float64)
-    for image, targets in micro_batches:
-        image = image.to(device, torch.float32).contiguous(memory_format=torch.channels_last)
+    guidance = [guide.guidance(m.numbers) if guide else None for m in micro_batches]
+    counts = [sum(len(m.targets.batch) for m in micro_batches), sum(len(g) for g in guidance if g is not None)]
+    votes, objects = processes.sum(torch.tensor(counts, dtype=torch.float64)).clamp(min=1.0).tolist()
+    sums: dict[str, float] = {}
+    for micro, guided in zip(micro_batches, guidance, strict=True):
+        image = micro.image.to(device, torch.float32).contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            raw = network.raw(image)
+            pyramid = network.pyramid(image)
+            raw = network.raw_votes(pyramid)
         norms.collect()
-        state = torch.from_numpy(targets.state).to(device)
-        focal = focal_loss(raw.logit.float(), state) / total_votes
-        b, n, c = (torch.from_numpy(x).to(device) for x in (targets.batch, targets.cell, targets.class_index))
-        keypoints = raw.offset.shape[3]
-        anchor = anchors[n][:, None, None]
-        xy = centres[n][:, None, :] + anchor * raw.offset[b, n, c].float()
-        scale = decode_scale(raw.scale[b, n, c].float(), anchor)
-        truth = torch.from_numpy(targets.xy).to(device)
-        error = truth - xy
-        ray = ray_loss(
-            xy,
-            torch.from_numpy(targets.points_camera).to(device),
-            torch.from_numpy(targets.ray_matrix).to(device),
-            torch.from_numpy(targets.diameter).to(device),
-        ) / (total_votes * keypoints)
-        nll = gaussian_nll(error.detach(), scale) / (total_votes * keypoints)
-        loss = config.focal_weight * focal + config.ray_weight * ray + config.nll_weight * nll
+        terms = _labelled_terms(raw, micro.targets, config, votes)
+        loss = (
+            config.focal_weight * terms["focal"] + config.ray_weight * terms["ray"] + config.nll_weight * terms["nll"]
+        )
+        if guide is not None and guided is not None:
+            features = cell_features(pyramid) if guide.needs_features else None
+            told = guide.terms(raw, features, micro.targets, guided, config.window.size)
+            for name, weight in guide.weights.items():
+                if weight > 0.0:
+                    terms[name] = told[name] / objects
+                    loss = loss + weight * terms[name]
         loss.backward()  # type: ignore[no-untyped-call]
-        error_px = error.detach().norm(dim=-1).sum() / (total_votes * keypoints)
-        sums += torch.stack([loss.detach(), focal.detach(), ray.detach(), nll.detach(), error_px]).double().cpu()
-    totals = processes.sum(sums)
-    return dict(zip(("loss", "focal", "ray", "nll", "error_px"), totals.tolist(), strict=True))
+        for name, value in [("loss", loss), *terms.items()]:
+            sums[name] = sums.get(name, 0.0) + float(value.detach())
+    totals = processes.sum(torch.tensor(list(sums.values()), dtype=torch.float64))
+    return dict(zip(sums, totals.tolist(), strict=True))
+
+
+def _labelled_terms(raw: RawOutput, targets: Assignment, config: TrainConfig, votes: float) -> dict[str, Tensor]:
+    """Return the terms that labels give, for a batch of `votes` positive votes: focal, ray, nll and the error in px."""
+    device = raw.logit.device
+    size = config.window.size
+    centres, anchors = (x.to(device) for x in cell_geometry(size, size))
+    state = torch.from_numpy(targets.state).to(device)
+    b, n, c = (torch.from_numpy(x).to(device) for x in (targets.batch, targets.cell, targets.class_index))
+    keypoints = raw.offset.shape[3]
+    anchor = anchors[n][:, None, None]
+    xy = centres[n][:, None, :] + anchor * raw.offset[b, n, c].float()
+    scale = decode_scale(raw.scale[b, n, c].float(), anchor)
+    error = torch.from_numpy(targets.xy).to(device) - xy
+    ray = ray_loss(
+        xy,
+        torch.from_numpy(targets.points_camera).to(device),
+        torch.from_numpy(targets.ray_matrix).to(device),
+        torch.from_numpy(targets.diameter).to(device),
+    )
+    return {
+        "focal": focal_loss(raw.logit.float(), state) / votes,
+        "ray": ray / (votes * keypoints),
+        "nll": gaussian_nll(error.detach(), scale) / (votes * keypoints),
+        "error_px": error.detach().norm(dim=-1).sum() / (votes * keypoints),
+    }
 
 
 @torch.no_grad()
@@ -356,7 +405,7 @@ def validate(network: KeypointNetwork, data: WindowDataset, config: TrainConfig,
         image = torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).to(device, torch.float32)
         score, xy, _ = network(image)
         targets = assign(samples, score.shape[2], xy.shape[3], config.positives)
-        for first, last in _objects(targets):
+        for first, last in object_rows(targets):
             b, c = targets.batch[first], targets.class_index[first]
             own = targets.cell[first:last]
             best = int(own[int(score[b, own, c].argmax())])
@@ -368,16 +417,7 @@ def validate(network: KeypointNetwork, data: WindowDataset, config: TrainConfig,
     return {"val_px": float(np.median(errors)), "val_found": float(np.mean(np.array(scores) > 0.3))}
 
 
-def _objects(targets: Assignment) -> list[tuple[int, int]]:
-    """Return the row ranges of `targets` that belong to one object each (its votes stand together)."""
-    if len(targets.batch) == 0:
-        return []
-    changes = np.flatnonzero(np.any(targets.xy[1:] != targets.xy[:-1], axis=(1, 2))) + 1
-    bounds = [0, *changes.tolist(), len(targets.batch)]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
-
-
-def _device(config: TrainConfig, processes: Processes) -> torch.device:
+def train_device(config: TrainConfig, processes: Processes) -> torch.device:
     """Return the device asked for; ValueError when it is not there or the processes outnumber the micro-batches."""
     parts = config.batch_size // config.micro_batch
     if parts % processes.count:
@@ -393,13 +433,17 @@ def _device(config: TrainConfig, processes: Processes) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def _optimizer(network: KeypointNetwork, config: TrainConfig) -> Together:
-    """AdamW, or Muon for the hidden convolutions and AdamW for all else; biases and norms are not decayed."""
+def _optimizer(network: KeypointNetwork, config: TrainConfig, extra: nn.Module | None = None) -> Together:
+    """AdamW, or Muon for the hidden convolutions and AdamW for all else; biases and norms are not decayed.
+
+    What `extra` learns is AdamW's.
+    """
     parameters = list(network.parameters())
     ends = [network.head.score, network.head.offset, network.head.scale]
     outer = {id(p) for layer in ends for p in layer.parameters()} | {id(next(network.backbone.parameters()))}
     hidden = [p for p in parameters if p.dim() > 1 and config.optimizer == "muon" and id(p) not in outer]
     taken = {id(p) for p in hidden}
+    parameters += [] if extra is None else list(extra.parameters())
     decay = [p for p in parameters if p.dim() > 1 and id(p) not in taken]
     rest = [p for p in parameters if p.dim() <= 1]
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
@@ -429,7 +473,12 @@ def _start_from(path: Path, network: KeypointNetwork) -> None:
 
 
 def _restore(
-    path: Path, network: KeypointNetwork, optimizer: Together, norms: NormStatistics, config: TrainConfig
+    path: Path,
+    network: KeypointNetwork,
+    optimizer: Together,
+    norms: NormStatistics,
+    config: TrainConfig,
+    guide: Guide | None = None,
 ) -> int:
     """Load a checkpoint into the parts; ValueError naming the first setting that differs."""
     content = load_checkpoint(path)
@@ -441,6 +490,8 @@ def _restore(
                 f"{path}: was trained with {key} = {theirs.get(key)}, not {mine.get(key)}; --resume needs the same"
             )
     network.load_state_dict(content.network.state_dict())
+    if guide is not None:
+        guide.module.load_state_dict(content.extra)
     # before there was Muon, a checkpoint held the state of AdamW alone
     optimizer.load_state_dict(content.optimizer if "parts" in content.optimizer else {"parts": [content.optimizer]})
     norms.load()

@@ -170,6 +170,8 @@ def _potentials(C: Tensor, a: Tensor, b: Tensor, options: TransportOptions) -> t
     f, g = torch.zeros_like(a), torch.zeros_like(b)
     live = (a[..., :, None] > 0) & (b[..., None, :] > 0)
     largest = float(torch.where(live, C, 0.0).max()) if C.numel() else 0.0
+    if not math.isfinite(largest):
+        return f, g  # the value will not be finite either, and the caller learns whose it is
     for epsilon in _stages(max(largest, options.epsilon), options):
         last = epsilon == options.epsilon
         for iteration in range(options.iterations if last else 2):

@@ -242,6 +242,11 @@ class KeypointNetwork(nn.Module):
             self._fixed = (width, height)
         return self
 
+    @property
+    def pyramid_width(self) -> int:
+        """Return the channels F of the feature pyramid."""
+        return self.head.score.in_channels
+
     def pyramid(self, image: Tensor) -> list[Tensor]:
         """Return the feature pyramid [B, F, H/s, W/s] at the three strides: what feature distillation aligns."""
         features = self.backbone((image - self.mean) * self.inverse_std)
@@ -263,10 +268,14 @@ class KeypointNetwork(nn.Module):
 
     def raw(self, image: Tensor) -> RawOutput:
         """Return the undecoded votes, for the losses."""
+        return self.raw_votes(self.pyramid(image))
+
+    def raw_votes(self, pyramid: list[Tensor]) -> RawOutput:
+        """Return the undecoded votes that the head makes of a feature pyramid."""
         classes, keypoints = len(self.config.classes), self.config.keypoints
         logit, offset, scale = [], [], []
-        batch = image.shape[0]
-        for s, o, d in self.head(self.pyramid(image)):
+        batch = pyramid[0].shape[0]
+        for s, o, d in self.head(pyramid):
             logit.append(s.permute(0, 2, 3, 1).reshape(batch, -1, classes))
             offset.append(o.permute(0, 2, 3, 1).reshape(batch, -1, classes, keypoints, 2))
             scale.append(d.permute(0, 2, 3, 1).reshape(batch, -1, classes, keypoints, SCALE_TERMS))
@@ -276,7 +285,10 @@ class KeypointNetwork(nn.Module):
         """Return decoded score, xy and scale; see the class docstring."""
         if not torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             self.fix_input(image.shape[3], image.shape[2])
-        out = self.raw(image)
+        return self.decode(self.raw(image))
+
+    def decode(self, out: RawOutput) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the votes in pixels of the input that `fix_input` was told of; see the class docstring."""
         # OpenCV 4.5/4.6 broadcast a constant only along axis 1 of a tensor of at most four axes (along others they
         # return wrong numbers without a word), so classes and keypoints share an axis here and u and v are apart.
         offset, scale = out.offset.flatten(2, 3), out.scale.flatten(2, 3)
@@ -285,6 +297,11 @@ class KeypointNetwork(nn.Module):
         v = self.grid[..., 1] + anchor * offset[..., 1:]
         xy = torch.cat((u, v), -1).reshape(out.offset.shape)
         return torch.sigmoid(out.logit), xy, decode_scale(scale, anchor).reshape(out.scale.shape)
+
+
+def cell_features(pyramid: list[Tensor]) -> Tensor:
+    """Return the features of every cell, [B,N,F], in the order of the votes."""
+    return torch.cat([level.flatten(2).transpose(1, 2) for level in pyramid], 1)
 
 
 def decode_scale(raw: Tensor, anchor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from ukd_ros.geometry.arrays import FloatArray, frozen_array
 from ukd_ros.geometry.keypoints import Keypoints
@@ -132,7 +133,7 @@ class VoteInstance:
     class_index: position in the model's objects. score: 0..1, the votes' own score-weighted mean.
     keypoints: fused, with the joint covariance that the calibration gives.
     box: [4] x0 y0 x1 y1 px, the bounding box of the fused keypoints.
-    votes: how many votes were fused.
+    votes: how many votes were fused. cells: [votes] where they came from, the best first.
     mean_blocks: [K, 2, 2] px^2, the variance of a typical single vote. effective_votes: [K], how many equally good
         votes the fused ones are worth. These two and the calibration determine ``keypoints.cov``.
     """
@@ -144,6 +145,7 @@ class VoteInstance:
     votes: int
     mean_blocks: FloatArray
     effective_votes: FloatArray
+    cells: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def size(self) -> float:
         """Return the longer side of the box (px)."""
@@ -296,7 +298,7 @@ def _collect_class(
             continue
         kept = members[: options.max_votes]
         scale = raw.scale[cells[kept], class_index].astype(np.float64)
-        instance = _fuse(class_index, score[kept], xy[kept], scale, calibration)
+        instance = replace(_fuse(class_index, score[kept], xy[kept], scale, calibration), cells=cells[kept])
         if not any(_same_object(instance, other, options.agreement) for other in found):
             found.append(instance)
     return found

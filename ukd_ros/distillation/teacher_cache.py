@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The teachers' guidance on disk: asked once, read in every training that looks at the same windows.
+
+A cache is a folder of compressed shards with a note that says of which teachers and which windows; any other is
+refused. Shards appear whole or not at all, so an interrupted call goes on, and several processes share the work.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from ukd_ros.data.dataset import TrainingSample, Windows
+from ukd_ros.data.whole_files import write_bytes
+from ukd_ros.distillation.guidance import Guidance, teach
+from ukd_ros.distillation.parallel import Processes
+from ukd_ros.distillation.teacher import Ensemble
+
+FORMAT = 1
+SHARD = 512
+"""Windows in a shard."""
+BATCH = 32
+NOTE = "cache.json"
+
+
+class CacheError(ValueError):
+    """A cache that cannot be used; the message names the file, what differs and what to do."""
+
+
+class TeacherCache:
+    """Guidance of the windows 0 .. count - 1 of a data set."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        """Use `open_cache`, which makes sure that the folder holds what it should."""
+        self.folder = folder
+        self.count = count
+        self._shard = lru_cache(maxsize=4)(self._read)
+
+    def guidance(self, numbers: Sequence[int]) -> Guidance:
+        """Return the guidance of windows by number (modulo `count`), as that of a batch in this order."""
+        parts = []
+        for number in numbers:
+            shard, inside = divmod(number % self.count, SHARD)
+            parts.append(self._shard(shard).of_windows(inside, inside + 1))
+        return Guidance.joined(parts, [1] * len(parts))
+
+    def _read(self, shard: int) -> Guidance:
+        path = self.folder / _shard_name(shard)
+        try:
+            with np.load(path, allow_pickle=False) as content:
+                parts = {f.name: content[f.name] for f in fields(Guidance)}
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise CacheError(f"{path}: cannot be read ({error}); delete it, and it is made again") from error
+        count = len(parts["window"])
+        if any(len(array) != count for array in parts.values()):
+            raise CacheError(f"{path}: its arrays differ in length; delete it, and it is made again")
+        widened = {name: _widened(array) for name, array in parts.items()}
+        return Guidance(**widened)
+
+
+def open_cache(
+    folder: Path,
+    ensemble: Ensemble,
+    data: Windows,
+    count: int,
+    *,
+    positives: int,
+    votes: int,
+    features: bool,
+    processes: Processes | None = None,
+    progress: bool = True,
+) -> TeacherCache:
+    """Return the guidance of the first `count` windows; what is missing is asked of the ensemble and written.
+
+    Under torchrun every process makes its share of the shards and waits for the others'. CacheError when the folder
+    holds that of another ensemble, other windows or other settings.
+    """
+    processes = processes or Processes()
+    mine = {
+        "format": FORMAT,
+        "teachers": ensemble.identity,
+        "data": data.fingerprint(),
+        "positives": positives,
+        "votes": votes,
+        "features": features,
+    }
+    if processes.rank == 0:
+        _claim(folder, mine)
+    processes.any(False)  # nobody looks before the note is there
+    _claim(folder, mine)
+    shards = range((count + SHARD - 1) // SHARD)
+    missing = [s for s in shards if not (folder / _shard_name(s)).is_file()]
+    bar = tqdm(
+        total=len(missing) * SHARD,
+        desc="asking the teachers",
+        unit="window",
+        disable=not progress or processes.rank > 0,
+    )
+    for shard in missing:
+        if shard % processes.count == processes.rank:
+            _make(folder, shard, ensemble, data, positives, votes, features, bar)
+    bar.close()
+    processes.any(False)  # all shares are done
+    absent = [s for s in shards if not (folder / _shard_name(s)).is_file()]
+    if absent:
+        raise CacheError(f"{folder / _shard_name(absent[0])}: is missing; every process must see the same folder")
+    return TeacherCache(folder, count)
+
+
+def _make(
+    folder: Path,
+    shard: int,
+    ensemble: Ensemble,
+    data: Windows,
+    positives: int,
+    votes: int,
+    features: bool,
+    bar: tqdm,
+) -> None:
+    """Ask about one shard's windows and write it."""
+    parts = []
+    for first in range(shard * SHARD, (shard + 1) * SHARD, BATCH):
+        samples: list[TrainingSample] = [data.sample(i) for i in range(first, first + BATCH)]
+        parts.append(teach(ensemble, samples, positives, votes))
+        bar.update(BATCH)
+    whole = Guidance.joined(parts, [BATCH] * len(parts))
+    arrays = {f.name: _narrowed(f.name, getattr(whole, f.name)) for f in fields(Guidance)}
+    if not features:
+        arrays["features"] = arrays["features"][..., :0]
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    write_bytes(folder / _shard_name(shard), buffer.getvalue())
+
+
+def _claim(folder: Path, mine: dict[str, Any]) -> None:
+    """Write the note, or compare with the one that is there."""
+    note = folder / NOTE
+    if not note.is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise CacheError(f"{folder}: holds files but no {NOTE}; choose an empty folder for the teachers' cache")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(note, (json.dumps(mine, indent=1) + "\n").encode())
+        return
+    try:
+        theirs = json.loads(note.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CacheError(f"{note}: is no JSON ({error}); delete the folder, and it is made again") from error
+    if not isinstance(theirs, dict):
+        raise CacheError(f"{note}: is no mapping; delete the folder, and it is made again")
+    words = {"teachers": "by other teachers", "data": "for another data set, other windows or another seed"}
+    for key, value in mine.items():
+        if theirs.get(key) != value:
+            what = words.get(key, f"with {key} {theirs.get(key)}, not {value}")
+            raise CacheError(f"{note}: was made {what}; choose another folder for this run's cache")
+
+
+def _narrowed(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return what is stored: half floats (0.06 px in a window of 128) and short integers."""
+    if name == "window":
+        return array
+    if array.dtype.kind != "f":
+        return array.astype(np.int16)
+    largest = np.finfo(np.float16).max
+    return array.clip(-largest, largest).astype(np.float16)
+
+
+def _widened(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:05d}.npz"
