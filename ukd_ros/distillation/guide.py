@@ -54,7 +54,7 @@ class GuideOptions:
     planned_features: float = 0.5
     project: bool = True
     align: AlignOptions = field(
-        default_factory=lambda: AlignOptions(TransportOptions(blur=1e-2, reach=0.5), weighting=("cost",))
+        default_factory=lambda: AlignOptions(TransportOptions(blur=2e-2, reach=0.5, iterations=20), weighting=("cost",))
     )
 
     def __post_init__(self) -> None:

@@ -166,23 +166,66 @@ def _require_equal(left: Tensor, right: Tensor) -> None:
 
 def _potentials(C: Tensor, a: Tensor, b: Tensor, options: TransportOptions) -> tuple[Tensor, Tensor]:
     """Return the dual potentials f [...,n] and g [...,m]; 0 where there is no mass."""
-    log_a, log_b = a.log(), b.log()  # -inf where there is none: it takes no part in any sum
     f, g = torch.zeros_like(a), torch.zeros_like(b)
     live = (a[..., :, None] > 0) & (b[..., None, :] > 0)
     largest = float(torch.where(live, C, 0.0).max()) if C.numel() else 0.0
     if not math.isfinite(largest):
         return f, g  # the value will not be finite either, and the caller learns whose it is
     for epsilon in _stages(max(largest, options.epsilon), options):
-        last = epsilon == options.epsilon
-        for iteration in range(options.iterations if last else 2):
-            before = f
-            f = _step(C, g, a, log_b, epsilon, options.rho)
-            g = _step(C.transpose(-2, -1), f, b, log_a, epsilon, options.rho)
-            f, g = _shifted(f, g, a, b, options.rho)
-            if last and iteration % _CHECK_EVERY == 0:
-                if float((f - before).abs().max()) < options.tolerance * epsilon:
-                    break
+        # the log domain once, which takes whatever the last stage left
+        f, g = _steps_by_logs(C, f, g, a, b, epsilon, options.rho)
+        f, g = _steps_by_logs(C, f, g, a, b, epsilon, options.rho)
+    remaining = options.iterations
+    while remaining > 0:
+        before = f
+        f, g, moved = _steps_by_kernel(C, f, g, a, b, options, min(remaining, _CHECK_EVERY))
+        remaining -= _CHECK_EVERY
+        if not bool(torch.isfinite(f).all() & torch.isfinite(g).all()):
+            f, g = _steps_by_logs(C, before, g.nan_to_num(0.0, 0.0, 0.0), a, b, options.epsilon, options.rho)
+        elif moved < options.tolerance * options.epsilon:
+            break
     return f, g
+
+
+def _steps_by_kernel(
+    C: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, options: TransportOptions, count: int
+) -> tuple[Tensor, Tensor, float]:
+    """Take `count` iterations with the kernel of the potentials given; return the new ones and how far the last moved.
+
+    Stabilised scaling (Schmitzer 2019): the potentials are absorbed into exp((f + g − C)/ε), so that the scalings stay
+    near 1 and an iteration costs two products of a matrix and a vector instead of n·m exponentials.
+    """
+    epsilon, rho = options.epsilon, options.rho
+    damping = 1.0 if math.isinf(rho) else rho / (rho + epsilon)
+    kernel = torch.exp(((f[..., :, None] + g[..., None, :] - C) / epsilon).clamp(max=_LARGEST_EXPONENT))
+    f0, g0 = f, g
+    has_a, has_b = (a > 0).to(a.dtype), (b > 0).to(b.dtype)
+    tiny = torch.finfo(a.dtype).tiny
+    to_f = kernel * b[..., None, :]
+    to_g = (kernel * a[..., :, None]).transpose(-2, -1)
+    moved = math.inf
+    for iteration in range(count):
+        before = f
+        left = (to_f @ torch.exp((g - g0) / epsilon)[..., None])[..., 0]
+        f = damping * (f0 - epsilon * torch.log(left + tiny)) * has_a
+        right = (to_g @ torch.exp((f - f0) / epsilon)[..., None])[..., 0]
+        g = damping * (g0 - epsilon * torch.log(right + tiny)) * has_b
+        f, g = _shifted(f, g, a, b, rho)
+        if iteration == count - 1:
+            both = (has_a.amax(-1) * has_b.amax(-1))[..., None]
+            moved = float(((f - before) * both).abs().max())
+    # a problem with an empty side has no potential
+    both = (has_a.amax(-1) * has_b.amax(-1))[..., None]
+    return f * both, g * both, moved
+
+
+def _steps_by_logs(
+    C: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, epsilon: float, rho: float
+) -> tuple[Tensor, Tensor]:
+    """Take one iteration in the log domain."""
+    f = _step(C, g, a, b.log(), epsilon, rho)
+    g = _step(C.transpose(-2, -1), f, b, a.log(), epsilon, rho)
+    return _shifted(f, g, a, b, rho)
 
 
 def _stages(largest: float, options: TransportOptions) -> list[float]:
@@ -202,9 +245,8 @@ def _shifted(f: Tensor, g: Tensor, a: Tensor, b: Tensor, rho: float) -> tuple[Te
     """Return (f + t, g − t) with the t that is best: it leaves f + g alone and settles the masses at once."""
     if math.isinf(rho):
         return f, g
-    log_left = torch.logsumexp(a.log() - f / rho, dim=-1)
-    log_right = torch.logsumexp(b.log() - g / rho, dim=-1)
-    shift = 0.5 * rho * (log_left - log_right)
-    shift = torch.where(torch.isfinite(shift), shift, torch.zeros_like(shift))[..., None]
-    zero_f, zero_g = torch.zeros_like(f), torch.zeros_like(g)
-    return torch.where(a > 0, f + shift, zero_f), torch.where(b > 0, g - shift, zero_g)
+    left = (a * torch.exp(-f / rho)).sum(-1)
+    right = (b * torch.exp(-g / rho)).sum(-1)
+    both = (left > 0) & (right > 0)
+    shift = 0.5 * rho * torch.log(torch.where(both, left, 1.0) / torch.where(both, right, 1.0))[..., None]
+    return (f + shift) * (a > 0), (g - shift) * (b > 0)
