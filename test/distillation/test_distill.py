@@ -285,6 +285,9 @@ def test_the_cache_of_others_is_refused(data: WindowDataset, ensemble: Ensemble,
             open_cache(folder, ensemble, changed, 1, **CACHE, progress=False)  # type: ignore[arg-type]
     with pytest.raises(CacheError, match="with votes 4, not 5"):
         open_cache(folder, ensemble, data, 1, **{**CACHE, "votes": 5}, progress=False)  # type: ignore[arg-type]
+    assert open_cache(
+        folder, ensemble, data, 1, **{**CACHE, "features": False}, progress=False  # type: ignore[arg-type]
+    ).guidance([0]).features.shape[-1] == 16  # fmt: skip
     stray = tmp_path / "stray"
     stray.mkdir()
     (stray / "holiday.jpg").write_bytes(b"")

@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from ukd_ros.data.dataset import MixedWindows, TrainingSample, WindowDataset, Windows
+from ukd_ros.distillation.guidance import Guidance
 from ukd_ros.distillation.guide import Guide, GuideOptions
 from ukd_ros.distillation.parallel import Processes
 from ukd_ros.distillation.teacher import Ensemble
@@ -81,6 +82,7 @@ def distill(
     out: Path,
     *,
     cache: Path | None = None,
+    heard: Callable[[Guidance, Sequence[int]], Guidance] | None = None,
     held_out: WindowDataset | None = None,
     resume: bool = False,
     time_budget_s: float | None = None,
@@ -88,7 +90,8 @@ def distill(
 ) -> TrainResult:
     """Train a student beside its teachers; see `train`. What the teachers say is kept in `cache` (`out`/teachers).
 
-    CacheError when the cache is that of other teachers or windows.
+    `heard`: what becomes of the guidance of windows (by number) on its way to the student, for experiments. CacheError
+    when the cache is that of other teachers or windows.
     """
     options = config.guide
     needs_features = options.features > 0.0 or options.planned_features > 0.0
@@ -105,7 +108,12 @@ def distill(
     )
     widths = new_network(config, models).pyramid_width, ensemble.networks[0].pyramid_width
     torch.manual_seed(config.seed)
-    guide = Guide(options, kept.guidance, *widths)
+
+    def guidance(numbers: Sequence[int]) -> Guidance:
+        said = kept.guidance(numbers)
+        return said if heard is None else heard(said, [n % config.window_count for n in numbers])
+
+    guide = Guide(options, guidance, *widths)
     return train(
         config,
         Repeated(data, config.window_count),

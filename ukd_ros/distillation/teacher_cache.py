@@ -97,7 +97,7 @@ def open_cache(
     if processes.rank == 0:
         _claim(folder, mine)
     processes.any(False)  # nobody looks before the note is there
-    _claim(folder, mine)
+    features = _claim(folder, mine)
     shards = range((count + SHARD - 1) // SHARD)
     missing = [s for s in shards if not (folder / _shard_name(s)).is_file()]
     bar = tqdm(
@@ -142,15 +142,18 @@ def _make(
     write_bytes(folder / _shard_name(shard), buffer.getvalue())
 
 
-def _claim(folder: Path, mine: dict[str, Any]) -> None:
-    """Write the note, or compare with the one that is there."""
+def _claim(folder: Path, mine: dict[str, Any]) -> bool:
+    """Write the note, or compare with the one that is there; return whether the cache holds features.
+
+    One that holds them serves those who need none.
+    """
     note = folder / NOTE
     if not note.is_file():
         if folder.is_dir() and any(folder.iterdir()):
             raise CacheError(f"{folder}: holds files but no {NOTE}; choose an empty folder for the teachers' cache")
         folder.mkdir(parents=True, exist_ok=True)
         write_bytes(note, (json.dumps(mine, indent=1) + "\n").encode())
-        return
+        return bool(mine["features"])
     try:
         theirs = json.loads(note.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -159,9 +162,10 @@ def _claim(folder: Path, mine: dict[str, Any]) -> None:
         raise CacheError(f"{note}: is no mapping; delete the folder, and it is made again")
     words = {"teachers": "by other teachers", "data": "for another data set, other windows or another seed"}
     for key, value in mine.items():
-        if theirs.get(key) != value:
+        if theirs.get(key) != value and not (key == "features" and theirs.get(key) is True):
             what = words.get(key, f"with {key} {theirs.get(key)}, not {value}")
             raise CacheError(f"{note}: was made {what}; choose another folder for this run's cache")
+    return bool(theirs["features"])
 
 
 def _narrowed(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -1,0 +1,349 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What distilling buys: one student per row and seed, same windows, same schedule, and the difference to the plain one.
+
+The rows stand in a YAML file: `objects`, `distill` (settings of `ukd distill` that all share), `rows` (name: `plain`
+for a student without teachers, `set` for settings of its own, `corrupt` for teachers made wrong on purpose) and
+`seeds`. All students see the same windows in the same order and differ by their seed, so differences are paired. What
+is done is kept in OUT, so an interrupted call goes on, and calls with different --only or --share divide the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from _measuring import machine, write  # noqa: E402
+from scaling import OPEN, _renamed  # noqa: E402
+
+COLUMNS = {
+    "add": "ADD(-S)-0.1d %",
+    "auc": "AUC %",
+    "mspd": "AR MSPD %",
+    "px": "keypoints px",
+    "kp_nll": "keypoint NLL",
+    "pose_nll": "pose NLL",
+    "nees": "NEES",
+    "coverage": "95 % coverage",
+    "sharpness": "predicted sigma z, mm",
+}
+HIGHER = ("add", "auc", "mspd")
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """Teachers made wrong on `objects`: every keypoint of every window is off by `sigma_px` (standard deviation).
+
+    `uncertain`: they know it, and their members differ by as much; otherwise they are wrong and certain.
+    """
+
+    objects: tuple[str, ...]
+    sigma_px: float = 12.0
+    uncertain: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train: without teachers (`plain`), or with settings of its own; `seeds` over those of the file."""
+
+    plain: bool = False
+    set: tuple[str, ...] = ()
+    corrupt: Corruption | None = None
+    seeds: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """The file."""
+
+    objects: tuple[str, ...]
+    distill: str
+    rows: dict[str, Row]
+    set: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = field(default=(0,))
+
+    def __post_init__(self) -> None:
+        """Refuse a table without the row that all are compared with."""
+        if not any(row.plain for row in self.rows.values()):
+            raise ValueError("rows: one must be plain, the student without teachers that the others are compared with.")
+
+
+def _measured(text: str) -> tuple[str, Path, tuple[int, int] | None, str]:
+    """Return name, folder, image ids and crops of NAME=DIR[:FIRST-LAST][@oracle]."""
+    found = re.fullmatch(r"(\w+)=(.+?)(?::(\d+)-(\d+))?(@oracle)?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR, NAME=DIR:FIRST-LAST or either with @oracle")
+    name, folder, first, last, oracle = found.groups()
+    ids = None if first is None else (int(first), int(last))
+    return name, Path(folder), ids, "oracle" if oracle else "estimator"
+
+
+def corruption(row: Row, names: Sequence[str]) -> Callable[[Any, Sequence[int]], Any] | None:
+    """Return what makes the teachers of a row wrong; the same window is always wrong by the same."""
+    wrong = row.corrupt
+    if wrong is None:
+        return None
+    classes = [list(names).index(name) for name in wrong.objects]
+
+    def heard(said: Any, numbers: Sequence[int]) -> Any:
+        xy, spread = said.xy.copy(), said.spread.copy()
+        for i in np.flatnonzero(np.isin(said.class_index, classes)):
+            number = numbers[int(said.window[i])]
+            rng = np.random.default_rng((int(number), int(said.class_index[i]), 7))
+            xy[i] += wrong.sigma_px * rng.normal(size=(1, *xy.shape[2:]))
+            if wrong.uncertain:
+                spread[i] += np.float32(wrong.sigma_px**2) * np.array([1, 0, 1], np.float32)
+        return replace(said, xy=xy.astype(np.float32), spread=spread)
+
+    return heard
+
+
+class Bench:
+    """What all rows share; the views are decoded once."""
+
+    def __init__(self, table: Table, options: argparse.Namespace) -> None:
+        self.table, self.options = table, options
+        self._opened: dict[str, Any] = {}
+
+    def config(self, row: Row, seed: int) -> Any:
+        """Return the settings of one run."""
+        from ukd_ros.config import load_config
+        from ukd_ros.distillation.distill import DistillConfig
+
+        words = [*self.table.set, *row.set, f"seed={seed}"]
+        return load_config(DistillConfig, self.options.config.parent / self.table.distill, words)
+
+    def open(self, config: Any) -> tuple[Any, Any]:
+        """Return windows and models."""
+        from ukd_ros.distillation.train import open_folders
+
+        if "data" not in self._opened:
+            self._opened["data"] = open_folders(
+                config, self.options.dataset, objects=self.table.objects, seed=config.window_seed
+            )[:2]
+        return tuple(self._opened["data"])  # type: ignore[return-value]
+
+    def run(self, name: str, seed: int) -> dict[str, Any]:
+        """Train and measure one student; the result is kept."""
+        row = self.table.rows[name]
+        config = self.config(row, seed)
+        folder = self.options.out / f"{name}-{seed}-{self._key(config, row)}"
+        kept = folder / "row.json"
+        if kept.is_file():
+            return dict(json.loads(kept.read_text(encoding="utf-8")))
+        started = time.monotonic()
+        result = self._train(config, row, folder)
+        found: dict[str, Any] = {"row": name, "seed": seed, "samples": config.steps * config.batch_size}
+        found |= {"train_s": time.monotonic() - started, **self._measure(result)}
+        temporary = kept.with_suffix(".new")
+        temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, kept)
+        return found
+
+    def _key(self, config: Any, row: Row) -> str:
+        from ukd_ros.config import to_mapping
+
+        o = self.options
+        asked = [to_mapping(config), to_mapping(row), self.table.objects, o.dataset, o.calibrate, o.data, o.name, OPEN]
+        if not row.plain:
+            asked.append(self._teachers())
+        return hashlib.sha256(json.dumps(asked, default=str, sort_keys=True).encode()).hexdigest()[:10]
+
+    def _teachers(self) -> list[str]:
+        """Return the digests of the teachers' files."""
+        from ukd_ros.distillation.teacher import member_files
+
+        return [hashlib.sha256(path.read_bytes()).hexdigest() for path in member_files(self.options.teacher)]
+
+    def _train(self, config: Any, row: Row, folder: Path) -> Path:
+        """Train one student and return its checkpoint."""
+        from ukd_ros.distillation.distill import Repeated, distill
+        from ukd_ros.distillation.parallel import Processes
+        from ukd_ros.distillation.teacher import Ensemble, member_files
+        from ukd_ros.distillation.teacher_cache import open_cache
+        from ukd_ros.distillation.train import train, train_device
+
+        data, models = self.open(config)
+        if row.plain:
+            windows = Repeated(data, config.window_count)
+            return train(config, windows, models, folder, resume=True).checkpoint
+        files = member_files(self.options.teacher)
+        files = files[:1] if config.single_teacher else files
+        device = train_device(config, Processes())
+        ensemble = Ensemble.load(files, models, config.window.size, device, single=config.single_teacher)
+        cache = self.options.out / f"teachers-{ensemble.identity[:8]}-{config.guide.votes}"
+        # with features, whether this row needs them or not: one cache serves all rows
+        open_cache(cache, ensemble, data, config.window_count, positives=config.positives, votes=config.guide.votes,
+                   features=True)  # fmt: skip
+        heard = corruption(row, self.table.objects)
+        return distill(config, ensemble, data, models, folder, cache=cache, heard=heard, resume=True).checkpoint
+
+    def _measure(self, checkpoint: Path) -> dict[str, Any]:
+        """Export, calibrate and evaluate."""
+        from ukd_ros.distillation.calibrate import CalibrationOptions, calibrate_model
+        from ukd_ros.distillation.evaluate import EvaluationOptions, evaluate_model
+        from ukd_ros.distillation.export import export_checkpoint
+        from ukd_ros.perception.estimator import EstimatorOptions
+
+        found: dict[str, Any] = {}
+        o = self.options
+        with tempfile.TemporaryDirectory() as place:
+            student = Path(place) / "student"
+            export_checkpoint(checkpoint, student)
+            try:
+                calibrate_model(
+                    student, o.calibrate, o.calibrate_limit, None, "auto", False, options=CalibrationOptions()
+                )
+            except ValueError as error:  # a student that has learnt too little: its error bars are the network's own
+                found["uncalibrated"] = str(error)
+            for name, data, ids, crops in o.data:
+                gates = EstimatorOptions(**OPEN)  # type: ignore[arg-type]
+                settings = EvaluationOptions(ids=ids, crops=crops, estimator=gates)
+                report = evaluate_model(student, data, settings, names=dict(o.name))
+                found[name] = _numbers(report)
+        return found
+
+
+def _numbers(report: Any) -> dict[str, float | None]:
+    """Return the columns of one evaluation."""
+    score, joint, points = report.overall, report.checks.get("joint"), report.keypoints
+    found: dict[str, float | None] = {
+        "targets": score.targets,
+        "add": 100 * score.add_recall,
+        "auc": 100 * score.add_auc,
+        "mspd": 100 * score.ar_mspd,
+        "px": score.keypoint_px,
+        "detection": 100 * score.detection_rate,
+        "kp_nll": None if points is None else points.nll,
+    }
+    if joint is not None:
+        found |= {"pose_nll": joint.nll, "nees": joint.nees, "coverage": 100 * joint.coverage["pose"][0.95]}
+        found["sharpness"] = joint.sigma_z_mm
+    return found
+
+
+def summarised(rows: list[dict[str, Any]], plain: str, data: str) -> list[dict[str, Any]]:
+    """Return per row the mean of every column, its standard error, and the paired difference to the plain row.
+
+    Differences are between students of the same seed; the interval is ±1 standard error of their mean.
+    """
+    base = {r["seed"]: r[data] for r in rows if r["row"] == plain}
+    out = []
+    for name in dict.fromkeys(r["row"] for r in rows):
+        mine = [r for r in rows if r["row"] == name]
+        entry: dict[str, Any] = {"row": name, "seeds": len(mine)}
+        for column in COLUMNS:
+            values = np.array([_value(r[data], column) for r in mine])
+            paired = [_value(r[data], column) - _value(base[r["seed"]], column) for r in mine if r["seed"] in base]
+            entry[column] = [*_mean(values), *_mean(np.array(paired))]
+        out.append(entry)
+    return out
+
+
+def _value(numbers: dict[str, Any], column: str) -> float:
+    value = numbers.get(column)
+    return math.nan if value is None else float(value)
+
+
+def _mean(values: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float]:
+    """Return mean and standard error (NaN for one value)."""
+    if len(values) == 0:
+        return math.nan, math.nan
+    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    return float(values.mean()), error
+
+
+def as_table(entries: list[dict[str, Any]]) -> str:
+    """Return the summary as Markdown: mean ± standard error (difference to the plain student ± its error)."""
+    lines = ["| row | seeds | " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * (len(COLUMNS) + 2)]
+    for entry in entries:
+        cells = [entry["row"], str(entry["seeds"])]
+        for column in COLUMNS:
+            mean, error, difference, uncertainty = entry[column]
+            text = f"{mean:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
+            if not math.isnan(difference) and difference != 0.0:
+                text += f" ({difference:+.2f}" + ("" if math.isnan(uncertainty) else f" ± {uncertainty:.2f}") + ")"
+            cells.append(text)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(entries: list[dict[str, Any]], title: str, out: Path) -> None:
+    """Draw the paired differences of three columns, a bar per row."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = ("auc", "mspd", "kp_nll")
+    figure = Figure(figsize=(13, 0.5 + 0.32 * len(entries)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(shown), sharey=True)
+    names = [entry["row"] for entry in entries][::-1]
+    for panel, column in zip(panels, shown, strict=True):
+        values = np.array([entry[column][2] for entry in entries][::-1])
+        errors = np.nan_to_num(np.array([entry[column][3] for entry in entries][::-1]))
+        better = values > 0 if column in HIGHER else values < 0
+        panel.barh(names, values, xerr=errors, color=np.where(better, "tab:green", "tab:red"), alpha=0.8)
+        panel.axvline(0.0, color="black", linewidth=0.8)
+        panel.set_title(f"{COLUMNS[column]}: difference to undistilled")
+        panel.grid(alpha=0.3, axis="x")
+    figure.suptitle(title)
+    figure.savefig(out, dpi=80)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train and measure; print the tables and write results/distillation_NAME.json and .png."""
+    from ukd_ros.config import load_config
+
+    parser = argparse.ArgumentParser(prog="ukd bench distillation", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="YAML file with the rows")
+    parser.add_argument("--teacher", type=Path, action="append", required=True, help="run of a teacher; again for more")
+    parser.add_argument("--dataset", type=Path, action="append", required=True, help="BOP folder to train on")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the runs and the teachers' answers")
+    parser.add_argument("--calibrate", type=Path, required=True, help="labelled data that no run sees")
+    parser.add_argument("--calibrate-limit", type=int, default=80, help="images of it (default %(default)s)")
+    parser.add_argument(
+        "--data", type=_measured, action="append", required=True, metavar="NAME=DIR[:FIRST-LAST][@oracle]"
+    )
+    parser.add_argument("--name", type=_renamed, action="append", default=[], metavar="ID=NAME")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="these rows only")
+    parser.add_argument("--share", default="0/1", metavar="I/N", help="every N-th run from the I-th (default all)")
+    options = parser.parse_args(arguments)
+    table = load_config(Table, options.config)
+    unknown = set(options.only or ()) - set(table.rows)
+    if unknown:
+        parser.error(f"{options.config}: has no rows {', '.join(sorted(unknown))}; it has {', '.join(table.rows)}")
+    part, parts = (int(word) for word in options.share.split("/"))
+    wanted = [(name, seed) for name, row in table.rows.items() for seed in row.seeds or table.seeds]
+    wanted = [(name, seed) for name, seed in wanted if options.only is None or name in options.only]
+    wanted.sort(key=lambda run: run[1])  # every row once comes first
+    bench = Bench(table, options)
+    rows = [bench.run(name, seed) for name, seed in wanted[part::parts]]
+    if parts > 1 or options.only is not None:
+        return 0
+    plain = next(name for name, row in table.rows.items() if row.plain)
+    summary = {name: summarised(rows, plain, name) for name, _, _, _ in options.data}
+    title = f"distillation_{options.config.stem}"
+    path = write(title, {"machine": machine(), "gates": OPEN, "rows": rows, "summary": summary})
+    for name, entries in summary.items():
+        sys.stdout.write(f"\n{name}\n\n{as_table(entries)}")
+        draw(entries, name, path.with_name(f"{title}_{name}.png"))
+    sys.stdout.write(f"written: {path}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
