@@ -124,7 +124,7 @@ class Bench:
         from ukd_ros.config import load_config
         from ukd_ros.distillation.distill import DistillConfig
 
-        words = [*self.table.set, *row.set, f"seed={seed}"]
+        words = [*self.table.set, *self.options.set, *row.set, f"seed={seed}"]
         return load_config(DistillConfig, self.options.config.parent / self.table.distill, words)
 
     def open(self, config: Any) -> tuple[Any, Any]:
@@ -319,6 +319,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--data", type=_measured, action="append", required=True, metavar="NAME=DIR[:FIRST-LAST][@oracle]"
     )
     parser.add_argument("--name", type=_renamed, action="append", default=[], metavar="ID=NAME")
+    words = "settings over those that all rows share"
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=words)
     parser.add_argument("--only", nargs="+", metavar="ROW", help="these rows only")
     parser.add_argument("--share", default="0/1", metavar="I/N", help="every N-th run from the I-th (default all)")
     options = parser.parse_args(arguments)

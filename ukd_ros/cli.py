@@ -174,14 +174,16 @@ def export(options: argparse.Namespace) -> int:
 
 def calibrate(options: argparse.Namespace) -> int:
     """Fit how sure a model may be, on labelled views that it was not trained on."""
-    from ukd_ros.distillation.calibrate import CalibrationOptions, calibrate_model
+    from ukd_ros.distillation.calibrate import CalibrationOptions, calibrate_model, recalibrate_model
 
-    words = [*options.set, *([f"crops={options.crops}"] if options.crops else [])]
+    given = {name: getattr(options, name) for name in ("crops", "ids")}
+    words = [*options.set, *(f"{name}={value}" for name, value in given.items() if value)]
     config = load_config(CalibrationOptions, options.config, words)
     if options.settings:
         return _show(config)
     _needs(options, "model", "dataset")
-    report = calibrate_model(
+    fit = recalibrate_model if options.recalibrate else calibrate_model
+    report = fit(
         options.model,
         options.dataset,
         options.limit,
@@ -189,6 +191,7 @@ def calibrate(options: argparse.Namespace) -> int:
         options.backend or "auto",
         not options.quiet,
         options=config,
+        names=dict(options.name),
     )
     print(report.table())
     return 0
@@ -372,7 +375,10 @@ def _add_calibrate(commands: Any) -> None:
     _add_model(parser)
     add("--dataset", type=Path, metavar="DIR", help="BOP-format folder")
     add("--crops", choices=("locate", "oracle"), help="where crops come from (default: locate)")
+    _add_names(parser)
     add("--limit", type=_positive, metavar="N", help="at most so many views")
+    words = "keep what renders taught, and fit one factor on a handful of labelled real frames"
+    add("--recalibrate", action="store_true", help=words)
     add("--out", type=Path, metavar="DIR", help="write calibration.json and reliability.png here")
 
 
@@ -382,18 +388,16 @@ def _add_evaluate(commands: Any) -> None:
     _add_model(parser)
     add("--dataset", type=Path, metavar="DIR", help="BOP-format folder")
     add("--split", help="split folder (default: the only one)")
-    add(
-        "--name",
-        action="append",
-        default=[],
-        type=_object_name,
-        metavar="ID=NAME",
-        help="the data set's object ID is the model's NAME",
-    )
-    add("--ids", metavar="[FIRST,LAST]", help="only images with FIRST <= id < LAST")
+    _add_names(parser)
     add("--limit", type=_positive, metavar="N", help="at most so many images, evenly spread")
     add("--crops", choices=("estimator", "oracle"), help="crops as on the robot (default), or from the truth")
     add("--out", type=Path, metavar="DIR", help="write report.txt, report.json and pictures here")
+
+
+def _add_names(parser: argparse.ArgumentParser) -> None:
+    words = "the data set's object ID is the model's NAME"
+    parser.add_argument("--name", action="append", default=[], type=_object_name, metavar="ID=NAME", help=words)
+    parser.add_argument("--ids", metavar="[FIRST,LAST]", help="only images with FIRST <= id < LAST")
 
 
 def _add_infer(commands: Any) -> None:

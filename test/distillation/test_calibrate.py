@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from perception.painted_world import MODELS, VGA, FakeBackend, World  # noqa: E402
 
+from ukd_ros.data.bop import BopError  # noqa: E402
 from ukd_ros.distillation import calibrate as module  # noqa: E402
 from ukd_ros.distillation.calibrate import (  # noqa: E402
     CalibrationOptions,
@@ -28,6 +29,7 @@ from ukd_ros.distillation.calibrate import (  # noqa: E402
 )
 from ukd_ros.distillation.corrections import fit_doubt, fit_shrinkage  # noqa: E402
 from ukd_ros.distillation.error_model import ErrorSamples, HeldOut  # noqa: E402
+from ukd_ros.distillation.recalibrate import recalibrate  # noqa: E402
 from ukd_ros.geometry.keypoints import Keypoints  # noqa: E402
 from ukd_ros.geometry.object_model import ObjectModel, Symmetries  # noqa: E402
 from ukd_ros.geometry.pose import Pose, exp_so3  # noqa: E402
@@ -42,11 +44,16 @@ MODES = np.array([1.0, 1.0, 0.8, 0.5])
 class PaintedViews:
     """Labelled views of a painted world: one object each, some of them truncated or unlabelled."""
 
-    object_ids = ()
+    object_ids = (1, 2)
+    root = Path("painted")
 
     def __init__(self, world: World, count: int) -> None:
         self.world, self.count = world, count
         self.truncated: set[int] = set()
+        self.images = [SimpleNamespace(image_id=10 * i) for i in range(count)]
+
+    def name(self, object_id: int) -> str:
+        return MODELS[object_id - 1].name
 
     def __len__(self) -> int:
         return self.count
@@ -166,7 +173,7 @@ class Painted:
 
     name: str
     calibration: Calibration
-    objects: tuple[ObjectModel, ...] = ()
+    objects: tuple[ObjectModel, ...] = tuple(MODELS)
 
 
 def test_the_shrinkage_of_a_doubtful_network_is_found(rng: np.random.Generator) -> None:
@@ -235,7 +242,7 @@ def test_the_result_is_stored_in_the_model(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(module, "find_model", lambda name: Path(name))
     monkeypatch.setattr(module, "load_bundle", lambda root: Painted("painted", Calibration(shrinkage=3.0)))
     monkeypatch.setattr(module, "PoseEstimator", lambda bundle, backend, options: opened(bundle))
-    monkeypatch.setattr(module, "BopDataset", lambda root: PaintedViews(world, 60))
+    monkeypatch.setattr(module, "BopDataset", lambda root, names: PaintedViews(world, 60))
     monkeypatch.setattr(module, "update_calibration", store)
     monkeypatch.setattr(module, "check_bop", lambda views, chosen, objects: stored.update(checked=list(chosen)))
     options = CalibrationOptions(folds=2, crops="oracle")
@@ -244,10 +251,66 @@ def test_the_result_is_stored_in_the_model(monkeypatch: pytest.MonkeyPatch, tmp_
     )
     assert stored["path"] == tmp_path and stored["calibration"] is report.calibration
     assert stored["checked"] == list(range(50)), "a faulty folder is refused before the first view is judged"
+    assert report.calibration.conformal_level == 0.95 and 2.5 < report.calibration.conformal_radius < 5.5
     assert report.views == 50 and report.dataset == "renders" and report.model == "painted"
     kept = stored["provenance"]["calibrated_on"]  # type: ignore[index]
     assert kept["data"] == "renders" and kept["matched"] == report.matched
     assert (tmp_path / "out" / "calibration.json").is_file()
+
+
+def test_a_handful_of_real_frames_mends_a_covariance_that_is_too_small(tmp_path: Path) -> None:
+    """What renders taught is nine times too sure; frames 20..79 say so, and the others agree."""
+    world = World(votes=(3, 16))
+    estimator = estimator_of(world)
+    views = PaintedViews(world, 160)
+    fitted = calibrate(estimator, views, CalibrationOptions(folds=2)).calibration
+    estimator.calibration = replace(fitted, block_factor=fitted.block_factor / 9, modes=fitted.modes / 9)
+    few = collect(estimator, _Part(views, range(20)), CalibrationOptions())
+    found = recalibrate(estimator, few.matches)
+    assert found.before.coverage["pose"][0.95] < 0.5
+    assert 4.0 < found.factor < 16.0 and 15 <= found.blocks <= 20
+    assert found.level == min(0.95, found.blocks / (found.blocks + 1)) and found.radius > 0
+    estimator.calibration = found.calibration
+    rest = collect(estimator, _Part(views, range(20, 160)), CalibrationOptions())
+    again = recalibrate(estimator, rest.matches)
+    assert 0.85 <= again.before.coverage["pose"][0.95] <= 1.0
+    assert "times" in found.table() and json.loads(json.dumps(found.as_data()))["blocks"] == found.blocks
+    with pytest.raises(ValueError, match="label more frames"):
+        recalibrate(estimator, few.matches[:3])
+    with pytest.raises(ValueError, match="label more frames"):
+        recalibrate(estimator, few.matches, block_views=1000)
+    estimator.calibration = Calibration()
+    with pytest.raises(ValueError, match="calibrated on renders first"):
+        recalibrate(estimator, few.matches)
+
+
+class _Part:
+    """Some views of a data set."""
+
+    def __init__(self, views: PaintedViews, indices: range) -> None:
+        self.views, self.indices = views, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def view(self, index: int) -> LabelledView:
+        return self.views.view(self.indices[index])
+
+
+def test_only_the_frames_asked_for_are_used_and_strange_objects_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    views = PaintedViews(World(), 30)
+    monkeypatch.setattr(module, "BopDataset", lambda root, names: views)
+    checked: list[int] = []
+    monkeypatch.setattr(module, "check_bop", lambda data, chosen, objects: checked.extend(chosen))
+    found = module._open(tmp_path, MODELS, CalibrationOptions(ids=(50, 120)), 3, None)
+    assert list(found.indices) == [5, 6, 7, 8, 9, 10, 11] and checked == [5, 6, 7]
+    with pytest.raises(BopError, match="no images with ids from 1000"):
+        module._open(tmp_path, MODELS, CalibrationOptions(ids=(1000, 2000)), None, None)
+    strange = [replace(MODELS[0], name="teapot")]
+    with pytest.raises(BopError, match="the model teapot: none in common. Say which is which with --name ID=NAME"):
+        module._open(tmp_path, strange, CalibrationOptions(), None, None)
 
 
 def test_the_joint_form_is_shipped_unless_held_out_views_speak_against_it() -> None:

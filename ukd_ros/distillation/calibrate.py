@@ -11,9 +11,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ukd_ros.data.bop import BopDataset
+from ukd_ros.data.bop import BopDataset, BopError
 from ukd_ros.data.bop_check import check_bop
 from ukd_ros.data.dataset import LabelledViews
+from ukd_ros.data.whole_files import write_bytes
+from ukd_ros.distillation.conformal import conformal_radius
 from ukd_ros.distillation.corrections import (
     Match,
     corrected,
@@ -43,6 +46,7 @@ from ukd_ros.distillation.error_model import (
     cross_fit,
 )
 from ukd_ros.distillation.pose_check import PoseCheck, pose_check
+from ukd_ros.distillation.recalibrate import Recalibration, recalibrate
 from ukd_ros.distillation.reliability import draw_reliability
 from ukd_ros.geometry.arrays import FloatArray
 from ukd_ros.geometry.camera import Camera
@@ -93,6 +97,14 @@ class CalibrationOptions:
         default=1.2, metadata={"help": "Oracle crops are too large or small by up to this factor.", "unit": "factor"}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the jitter."})
+    ids: tuple[int, int] | None = field(
+        default=None, metadata={"help": "Only images with first <= id < last (two numbers)."}
+    )
+    block_views: int = field(
+        default=1,
+        metadata={"help": "So many neighbouring views are one block: frames of a video resemble each other."},
+    )
+    level: float = field(default=0.95, metadata={"help": "Coverage of the conformal radius.", "unit": "0..1"})
 
     def __post_init__(self) -> None:
         """Refuse values out of range; ValueError names the field."""
@@ -102,6 +114,10 @@ class CalibrationOptions:
             raise ValueError(f"min_visible: is {self.min_visible}, but 0..1 is needed.")
         if not self.match_radius > 0.0 or not self.jitter_shift >= 0.0 or not self.jitter_scale >= 1.0:
             raise ValueError("match_radius must be positive, jitter_shift 0 or more and jitter_scale 1 or more.")
+        if self.block_views < 1:
+            raise ValueError(f"block_views: is {self.block_views}, but at least 1 is needed.")
+        if not 0.0 < self.level < 1.0:
+            raise ValueError(f"level: is {self.level}, but a share inside 0..1 is needed.")
         if self.folds < 2:
             raise ValueError(f"folds: is {self.folds}, but at least 2 are needed to hold one out.")
 
@@ -162,6 +178,11 @@ class CalibrationReport:
                 f"{check.sigma_z_mm:8.2f} {check.sigma_rotation_deg:10.2f} {check.nll:7.2f}"
             )
         rows.append(f"shipped: {self.form} ({self.way})")
+        if self.calibration.conformal_level > 0.0:
+            rows.append(
+                f"radius {self.calibration.conformal_radius:.2f}: that ellipsoid of the shipped covariance holds "
+                f"{self.calibration.conformal_level:.0%} of poses in new views like these; nothing is said of others"
+            )
         return "\n".join(rows)
 
 
@@ -175,10 +196,12 @@ def calibrate_model(
     *,
     options: CalibrationOptions | None = None,
     estimator_options: EstimatorOptions | None = None,
+    names: Mapping[int, str] | None = None,
 ) -> CalibrationReport:
     """Calibrate a model on a labelled BOP data set and store the result in its model.yaml (by rename).
 
-    limit: at most so many views, from the start. out: folder for calibration.json and reliability.png.
+    limit: at most so many views, from the start. out: folder for calibration.json and reliability.png. names: gives
+    object ids of the data set the model's names.
     The data must be neither trained nor evaluated on. Raises BundleError, BackendError or BopError for what cannot be
     opened, ValueError when too few instances were found to fit anything.
     """
@@ -188,10 +211,7 @@ def calibrate_model(
     # Keypoints as the votes give them: an earlier calibration must not correct them before they are judged.
     bundle = replace(bundle, calibration=Calibration())
     estimator = PoseEstimator(bundle, backend, estimator_options)
-    views = BopDataset(dataset_dir)
-    known = {model.name for model in bundle.objects}
-    chosen = range(len(views) if limit is None else min(limit, len(views)))
-    check_bop(views, chosen, objects=[i for i in views.object_ids if views.name(i) in known])
+    views = _open(dataset_dir, bundle.objects, options, limit, names)
     report = calibrate(estimator, views, options, limit, progress)
     report = replace(report, model=bundle.name, dataset=Path(dataset_dir).resolve().name)
     update_calibration(root, report.calibration, {"calibrated_on": _provenance(report)})
@@ -199,6 +219,85 @@ def calibrate_model(
         write_report(report, Path(out))
     logger.info("%s calibrated on %d instances:\n%s", root, report.matched, report.table())
     return report
+
+
+def recalibrate_model(
+    model_dir: Path | str,
+    dataset_dir: Path | str,
+    limit: int | None = None,
+    out: Path | str | None = None,
+    backend: str = "auto",
+    progress: bool = True,
+    *,
+    options: CalibrationOptions | None = None,
+    estimator_options: EstimatorOptions | None = None,
+    names: Mapping[int, str] | None = None,
+) -> Recalibration:
+    """Fit one factor on a calibrated model's covariance on a handful of labelled real frames, and store it.
+
+    Arguments as of `calibrate_model`. ValueError as of `recalibrate`.
+    """
+    options = options or CalibrationOptions()
+    root = find_model(model_dir)
+    bundle = load_bundle(root)
+    estimator = PoseEstimator(bundle, backend, estimator_options)
+    views = _open(dataset_dir, bundle.objects, options, limit, names)
+    found = collect(estimator, views, options, limit, progress)
+    result = recalibrate(estimator, found.matches, options.block_views, options.level)
+    said = {
+        "data": Path(dataset_dir).resolve().name,
+        "views": found.views,
+        "labels": found.labels,
+        "factor": round(result.factor, 4),
+        "poses": result.poses,
+        "blocks": result.blocks,
+        "effective": round(result.effective, 1),
+        "coverage_95_before": round(result.before.coverage["pose"][0.95], 4),
+        "coverage_95_after": round(result.after.coverage["pose"][0.95], 4),
+    }
+    update_calibration(root, result.calibration, {"recalibrated_on": said})
+    if out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        write_bytes(Path(out) / "recalibration.json", (json.dumps(result.as_data(), indent=2) + "\n").encode())
+    return result
+
+
+class _Chosen:
+    """The views of a data set with ids in a range."""
+
+    def __init__(self, data: BopDataset, ids: tuple[int, int]) -> None:
+        self._data = data
+        self.indices = [i for i, image in enumerate(data.images) if ids[0] <= image.image_id < ids[1]]
+        if not self.indices:
+            raise BopError(f"{data.root}: has no images with ids from {ids[0]} to below {ids[1]}.")
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def view(self, index: int) -> LabelledView:
+        return self._data.view(self.indices[index])
+
+
+def _open(
+    dataset_dir: Path | str,
+    objects: Sequence[ObjectModel],
+    options: CalibrationOptions,
+    limit: int | None,
+    names: Mapping[int, str] | None,
+) -> _Chosen:
+    """Return the views asked for, checked; BopError for a faulty folder or one without the model's objects."""
+    data = BopDataset(dataset_dir, names=dict(names or {}))
+    known = {model.name for model in objects}
+    mine = [i for i in data.object_ids if data.name(i) in known]
+    if not mine:
+        raise BopError(
+            f"{data.root}: has the objects {', '.join(data.name(i) for i in data.object_ids)}, the model "
+            f"{', '.join(sorted(known))}: none in common. Say which is which with --name ID=NAME."
+        )
+    views = _Chosen(data, options.ids or (0, 2**62))
+    chosen = views.indices if limit is None else views.indices[:limit]
+    check_bop(data, chosen, objects=mine)
+    return views
 
 
 def calibrate(
@@ -223,19 +322,23 @@ def calibrate(
     joint = _judge(estimator, found.matches, cross_fit(samples, options.folds, with_modes=True))
     blocks = _judge(estimator, found.matches, cross_fit(samples, options.folds, with_modes=False))
     plain = replace(joint.fit, by_fold=(Calibration(),) * options.folds)
-    raw = Judged(plain, *check_poses(estimator, found.matches, plain)[:2], way="")
+    check, squares, _, view = check_poses(estimator, found.matches, plain)
+    raw = Judged(plain, check, squares, view, way="")
     variants = {"joint": joint, "block_diagonal": blocks, "uncalibrated": raw}
     form = _form({name: _score(variants[name].check) for name in FORMS})
+    radii = {name: _radius(variants[name], options) for name in FORMS}
     stamped = [
         replace(
             judged.fit.calibration,
+            conformal_level=options.level if math.isfinite(radii[name]) else 0.0,
+            conformal_radius=radii[name] if math.isfinite(radii[name]) else 0.0,
             views=found.views,
             instances=len(found.matches),
             shrinkage=shrinkage,
             doubt_exponent=exponent,
             doubt_reference=reference,
         )
-        for judged in (joint, blocks)
+        for name, judged in zip(FORMS, (joint, blocks), strict=True)
     ]
     return CalibrationReport(
         model="",
@@ -325,24 +428,30 @@ def match(
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """A cross-fitted calibration, the check of its solved poses, their NEES per part, and how it was fitted."""
+    """A cross-fitted calibration, the check of its solved poses, their NEES per part, views, and how it was fitted."""
 
     fit: CrossFit
     check: PoseCheck
     squares: dict[str, FloatArray]
+    view: FloatArray
     way: str
 
 
 def _judge(estimator: PoseEstimator, matches: Sequence[Match], fit: CrossFit) -> Judged:
     """Solve all poses with a fit, and with it scaled to the coverage that these show; return the better of both."""
-    check, squares, fold = check_poses(estimator, matches, fit)
+    check, squares, fold, view = check_poses(estimator, matches, fit)
     covered = cover(fit, squares["pose"], fold)
-    covered_check, covered_squares, _ = check_poses(estimator, matches, covered)
+    covered_check, covered_squares, _, view = check_poses(estimator, matches, covered)
     scores = {"solved": _score(check), "solved_covered": _score(covered_check)}
     fit = replace(fit, scores={**fit.scores, **scores})
     if choose(scores) == "solved":
-        return Judged(fit, check, squares, fit.way)
-    return Judged(replace(covered, scores=fit.scores), covered_check, covered_squares, f"{fit.way}, covered")
+        return Judged(fit, check, squares, view, fit.way)
+    return Judged(replace(covered, scores=fit.scores), covered_check, covered_squares, view, f"{fit.way}, covered")
+
+
+def _radius(judged: Judged, options: CalibrationOptions) -> float:
+    """Return the conformal radius of poses, each judged by a fit without its view (cross-conformal)."""
+    return conformal_radius(judged.squares["pose"], judged.view // options.block_views, options.level)
 
 
 def _form(scores: dict[str, HeldOut], margin_nll: float = 0.1, margin_miss: float = 0.01) -> str:
@@ -362,13 +471,13 @@ def _score(check: PoseCheck) -> HeldOut:
 
 def check_poses(
     estimator: PoseEstimator, matches: Sequence[Match], fit: CrossFit
-) -> tuple[PoseCheck, dict[str, FloatArray], FloatArray]:
+) -> tuple[PoseCheck, dict[str, FloatArray], FloatArray, FloatArray]:
     """Solve every match with the calibration that has not seen its view.
 
-    Returns the check, the NEES [m] per part and the fold [m] of the poses that were not rejected.
+    Returns the check, the NEES [m] per part, the fold [m] and the view [m] of the poses that were not rejected.
     ValueError when none was solved.
     """
-    deltas, covs, known, free, folds = [], [], [], [], []
+    deltas, covs, known, free, folds, seen = [], [], [], [], [], []
     rejected: Counter[str] = Counter()
     for item, fold in zip(matches, fit.fold, strict=True):
         answer = estimator.solve(item.camera, recalibrated(item.instance, fit.by_fold[int(fold)]))
@@ -381,13 +490,14 @@ def check_poses(
         known.append(without_free_turns(answer.cov, answer.T_camera_object, symmetries))
         free.append(len(symmetries.continuous))
         folds.append(fold)
+        seen.append(item.view)
     if not deltas:
         raise ValueError(
             f"No pose was solved from {len(matches)} matched instances ({dict(rejected)}): the student is too unsure "
             "to be calibrated, train it longer."
         )
     check, squares = pose_check(np.array(deltas), np.array(covs), dict(rejected), free, np.array(known))
-    return check, squares, np.array(folds)
+    return check, squares, np.array(folds), np.array(seen)
 
 
 def write_report(report: CalibrationReport, out: Path) -> None:

@@ -315,9 +315,12 @@ def _files(node: _Node) -> dict[str, tuple[int, str]]:
 def _calibration(node: _Node) -> Calibration:
     """Return the section ``calibration``, whose keys are the fields of `Calibration`."""
     names = [item.name for item in dataclasses.fields(Calibration)]
-    members = node.members(names)
+    later = [name for name in names if name.startswith("conformal_")]  # models from before there were any lack them
+    members = node.members([name for name in names if name not in later], later)
     values: dict[str, Any] = {}
     for item in dataclasses.fields(Calibration):
+        if item.name not in members:
+            continue
         member = members[item.name]
         if item.name == "modes":
             values[item.name] = [n.number(0.0, math.inf) for n in member.items(4, 4)]

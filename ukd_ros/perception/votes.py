@@ -43,6 +43,8 @@ class Calibration:
     shrinkage: >= 0, how far fused keypoints are drawn to their centre by doubt; see `unshrunk` (0: not at all).
     doubt_exponent: how much faster than the predicted variance the true one grows; see `widened` (0: just as fast).
     doubt_reference: > 0, the share (see `shrink_share`) at which `widened` changes nothing.
+    conformal_level, conformal_radius: the ellipsoid {d: d^T cov^-1 d <= radius^2} of a published pose covariance held
+        this share of poses in blocks like those it was calibrated on; level 0: nobody has looked.
     ValueError names the field that is out of range.
     """
 
@@ -55,6 +57,8 @@ class Calibration:
     shrinkage: float = 0.0
     doubt_exponent: float = 0.0
     doubt_reference: float = 1.0
+    conformal_level: float = 0.0
+    conformal_radius: float = 0.0
 
     def __post_init__(self) -> None:
         """Check and freeze the fields."""
@@ -76,6 +80,9 @@ class Calibration:
             raise ValueError(
                 f"doubt_exponent, doubt_reference: are {values}, but -2..4 and a positive number are needed."
             )
+        if not 0.0 <= self.conformal_level < 1.0 or not 0.0 <= self.conformal_radius < np.inf:
+            values = f"{self.conformal_level} and {self.conformal_radius}"
+            raise ValueError(f"conformal_level, conformal_radius: are {values}, but 0..1 and 0 or more are needed.")
         object.__setattr__(self, "modes", modes)
 
 
