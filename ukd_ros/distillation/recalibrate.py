@@ -25,7 +25,7 @@ from ukd_ros.geometry.symmetry import without_free_turns
 from ukd_ros.perception.estimator import PoseEstimator
 from ukd_ros.perception.votes import Calibration
 
-PRIOR = 4.0
+PRIOR = 2.0
 """How many independent poses the old covariance's own word is worth."""
 
 LEAST_POSES = 5
