@@ -4,7 +4,7 @@
 The rows stand in a YAML file: `objects`, `distill` (settings of `ukd distill` that all share), `rows` (name: `plain`
 for a student without teachers, `set` for settings of its own, `corrupt` for teachers made wrong on purpose) and
 `seeds`. All students see the same windows in the same order and differ by their seed, so differences are paired. What
-is done is kept in OUT, so an interrupted call goes on, and calls with different --only or --share divide the work.
+is done is kept in OUT, so an interrupted call goes on, and --workers of them share the decoded views.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import re
 import sys
@@ -304,6 +305,28 @@ def draw(entries: list[dict[str, Any]], title: str, out: Path) -> None:
     figure.savefig(out, dpi=80)
 
 
+def _fork(bench: Bench, wanted: list[tuple[str, int]], workers: int) -> None:
+    """Do the runs in processes forked after the views are decoded; ChildProcessError when one failed."""
+    import cv2
+
+    cv2.setNumThreads(1)  # a fork does not copy OpenCV's threads, and would wait for them
+    name, seed = wanted[0]
+    bench.open(bench.config(bench.table.rows[name], seed))
+    context = multiprocessing.get_context("fork")
+    children = [context.Process(target=_run_all, args=(bench, wanted[i::workers])) for i in range(workers)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    if any(child.exitcode for child in children):
+        raise ChildProcessError("a worker failed; its message is above, and a second call goes on where it stopped")
+
+
+def _run_all(bench: Bench, wanted: list[tuple[str, int]]) -> None:
+    for name, seed in wanted:
+        bench.run(name, seed)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Train and measure; print the tables and write results/distillation_NAME.json and .png."""
     from ukd_ros.config import load_config
@@ -322,19 +345,20 @@ def main(arguments: list[str] | None = None) -> int:
     words = "settings over those that all rows share"
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=words)
     parser.add_argument("--only", nargs="+", metavar="ROW", help="these rows only")
-    parser.add_argument("--share", default="0/1", metavar="I/N", help="every N-th run from the I-th (default all)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes, which share the decoded views")
     options = parser.parse_args(arguments)
     table = load_config(Table, options.config)
     unknown = set(options.only or ()) - set(table.rows)
     if unknown:
         parser.error(f"{options.config}: has no rows {', '.join(sorted(unknown))}; it has {', '.join(table.rows)}")
-    part, parts = (int(word) for word in options.share.split("/"))
     wanted = [(name, seed) for name, row in table.rows.items() for seed in row.seeds or table.seeds]
     wanted = [(name, seed) for name, seed in wanted if options.only is None or name in options.only]
     wanted.sort(key=lambda run: run[1])  # every row once comes first
     bench = Bench(table, options)
-    rows = [bench.run(name, seed) for name, seed in wanted[part::parts]]
-    if parts > 1 or options.only is not None:
+    if options.workers > 1:
+        _fork(bench, wanted, options.workers)
+    rows = [bench.run(name, seed) for name, seed in wanted]
+    if options.only is not None:
         return 0
     plain = next(name for name, row in table.rows.items() if row.plain)
     summary = {name: summarised(rows, plain, name) for name, _, _, _ in options.data}

@@ -21,6 +21,8 @@ from torch import Tensor
 
 _LARGEST_EXPONENT = 60.0
 _CHECK_EVERY = 10
+_RELAXATION = 1.8
+"""How far a step of the scalings goes beyond its aim (Thibault et al. 2021): a third of the iterations remain."""
 
 
 @dataclass(frozen=True)
@@ -172,23 +174,33 @@ def _potentials(C: Tensor, a: Tensor, b: Tensor, options: TransportOptions) -> t
     if not math.isfinite(largest):
         return f, g  # the value will not be finite either, and the caller learns whose it is
     for epsilon in _stages(max(largest, options.epsilon), options):
-        # the log domain once, which takes whatever the last stage left
+        # in the log domain, which takes whatever the last stage left
         f, g = _steps_by_logs(C, f, g, a, b, epsilon, options.rho)
-        f, g = _steps_by_logs(C, f, g, a, b, epsilon, options.rho)
-    remaining = options.iterations
+    remaining, relaxation, last = options.iterations, _RELAXATION, math.inf
     while remaining > 0:
-        before = f
-        f, g, moved = _steps_by_kernel(C, f, g, a, b, options, min(remaining, _CHECK_EVERY))
-        remaining -= _CHECK_EVERY
-        if not bool(torch.isfinite(f).all() & torch.isfinite(g).all()):
-            f, g = _steps_by_logs(C, before, g.nan_to_num(0.0, 0.0, 0.0), a, b, options.epsilon, options.rho)
-        elif moved < options.tolerance * options.epsilon:
+        count = min(remaining, _CHECK_EVERY)
+        new_f, new_g, moved = _steps_by_kernel(C, f, g, a, b, options, count, relaxation)
+        remaining -= count
+        if not math.isfinite(moved) or moved > 2.0 * last:  # too far beyond: from here on without
+            relaxation, last = 1.0, math.inf
+            f, g = _steps_by_logs(C, f, g, a, b, options.epsilon, options.rho)
+            continue
+        f, g, last = new_f, new_g, moved
+        if moved < options.tolerance * options.epsilon:
             break
-    return f, g
+    # a step beyond its aim leaves the marginals off by as much: the last one is plain
+    return _steps_by_logs(C, f, g, a, b, options.epsilon, options.rho)
 
 
 def _steps_by_kernel(
-    C: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, options: TransportOptions, count: int
+    C: Tensor,
+    f: Tensor,
+    g: Tensor,
+    a: Tensor,
+    b: Tensor,
+    options: TransportOptions,
+    count: int,
+    relaxation: float,
 ) -> tuple[Tensor, Tensor, float]:
     """Take `count` iterations with the kernel of the potentials given; return the new ones and how far the last moved.
 
@@ -203,20 +215,17 @@ def _steps_by_kernel(
     tiny = torch.finfo(a.dtype).tiny
     to_f = kernel * b[..., None, :]
     to_g = (kernel * a[..., :, None]).transpose(-2, -1)
-    moved = math.inf
-    for iteration in range(count):
+    before = f
+    for _ in range(count):
         before = f
         left = (to_f @ torch.exp((g - g0) / epsilon)[..., None])[..., 0]
-        f = damping * (f0 - epsilon * torch.log(left + tiny)) * has_a
+        f = torch.lerp(f, damping * (f0 - epsilon * torch.log(left + tiny)), relaxation) * has_a
         right = (to_g @ torch.exp((f - f0) / epsilon)[..., None])[..., 0]
-        g = damping * (g0 - epsilon * torch.log(right + tiny)) * has_b
+        g = torch.lerp(g, damping * (g0 - epsilon * torch.log(right + tiny)), relaxation) * has_b
         f, g = _shifted(f, g, a, b, rho)
-        if iteration == count - 1:
-            both = (has_a.amax(-1) * has_b.amax(-1))[..., None]
-            moved = float(((f - before) * both).abs().max())
     # a problem with an empty side has no potential
     both = (has_a.amax(-1) * has_b.amax(-1))[..., None]
-    return f * both, g * both, moved
+    return f * both, g * both, float(((f - before) * both).abs().max())
 
 
 def _steps_by_logs(
