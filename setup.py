@@ -9,12 +9,12 @@ NAME = "ukd_ros"
 SHARE = os.path.join("share", NAME)
 
 
-def shared(folder):
-    """List every file below `folder` for data_files, in the same folder below share/ukd_ros."""
+def shared(folder, without=()):
+    """List every file below `folder` for data_files, in the same folder below share/ukd_ros, `without` some folders."""
     return [
         (os.path.join(SHARE, root), [os.path.join(root, name) for name in sorted(names)])
         for root, _, names in sorted(os.walk(folder))
-        if names and "__pycache__" not in root
+        if names and "__pycache__" not in root and not any(root.startswith(left_out) for left_out in without)
     ]
 
 
@@ -72,7 +72,7 @@ setup(
         *shared("launch"),
         *shared("config"),
         *shared("rviz"),
-        *shared("models"),
+        *shared("models", without=[os.path.join("models", "teachers")]),
     ],
     entry_points={
         "console_scripts": [

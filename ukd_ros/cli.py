@@ -159,6 +159,18 @@ def export(options: argparse.Namespace) -> int:
         return _show(load_config(ExportOptions, options.config, options.set))
     _needs(options, "checkpoint", "out")
     checkpoint = options.checkpoint / "checkpoint.pt" if options.checkpoint.is_dir() else options.checkpoint
+    if options.teacher:
+        from ukd_ros.distillation.teacher_store import save_teacher
+
+        if options.out.suffix != ".safetensors":
+            raise UsageError(
+                f"--out {options.out}: a teacher is one file, such as models/teachers/NAME/seed-0.safetensors"
+            )
+        if options.out.exists() and not options.overwrite:
+            raise UsageError(f"{options.out}: is there already; --overwrite replaces it")
+        save_teacher(options.out, load_checkpoint(checkpoint), options.bits)
+        print(f"{options.out}: {options.out.stat().st_size / 1e6:.2f} MB; for ukd distill --teacher")
+        return 0
     words = [*options.set, *(["overwrite=true"] if options.overwrite else [])]
     words += [f"name={options.name}"] if options.name else []
     trained = trained_options(load_checkpoint(checkpoint).config)
@@ -352,7 +364,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
 def _add_distill(commands: Any) -> None:
     parser = _command(commands, "distill", distill, "train a student beside an ensemble of teachers")
     add = parser.add_argument
-    words = "run of a teacher, its checkpoint, or the folder of ukd train --ensemble; again for more"
+    words = "a teacher's run or file, or a folder of several, such as that of ukd train --ensemble; again for more"
     add("--teacher", action="append", default=[], type=Path, metavar="RUN", help=words)
     _add_training(parser)
     words = "BOP-format folder whose labels, if any, are not read; again for more"
@@ -367,6 +379,8 @@ def _add_export(commands: Any) -> None:
     add("--out", type=Path, metavar="DIR", help="the model's folder, such as models/NAME")
     add("--name", help="the model's name (default: the folder's)")
     add("--overwrite", action="store_true", help="replace a model that is there")
+    add("--teacher", action="store_true", help="write one .safetensors file for ukd distill --teacher instead")
+    add("--bits", type=int, choices=(8, 16), default=8, help="of a teacher's weights (default %(default)s)")
 
 
 def _add_calibrate(commands: Any) -> None:

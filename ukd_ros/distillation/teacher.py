@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ukd_ros.distillation.checkpoint import load_checkpoint
+from ukd_ros.distillation.teacher_store import SUFFIX, StoredTeacher, load_teacher
 from ukd_ros.geometry.object_model import ObjectModel
 from ukd_ros.perception.network import KeypointNetwork, cell_features
 
@@ -91,9 +92,9 @@ class Ensemble:
         networks, names = [], []
         digest = hashlib.sha256()
         for path in member_files(checkpoints):
-            content = load_checkpoint(path)
+            content = _read(path)
             _require_same(path, content.models, models)
-            side = int(content.config.get("window", {}).get("size", window))
+            side = content.window or window
             if side != window:
                 raise TeacherError(f"{path}: was trained on windows of {side} px, but the student's have {window} px")
             digest.update(hashlib.sha256(path.read_bytes()).digest())
@@ -132,11 +133,19 @@ class Ensemble:
         return EnsembleVotes(score, mean, scatter / max(1, len(self.networks) - 1), cov, features)
 
 
+def _read(path: Path) -> StoredTeacher:
+    """Read a teacher from a stored file or a checkpoint."""
+    if path.suffix == SUFFIX:
+        return load_teacher(path)
+    content = load_checkpoint(path)
+    return StoredTeacher(content.network, content.models, int(content.config.get("window", {}).get("size", 0)))
+
+
 def member_files(given: Sequence[Path]) -> list[Path]:
-    """Return the checkpoints meant by files, folders of runs and folders of ensembles (seed-0, seed-1, …)."""
+    """Return the files meant by files, folders of runs, and folders of ensembles or stored teachers (seed-0, …)."""
     found: list[Path] = []
     for path in given:
-        members = sorted(path.glob("seed-*/checkpoint.pt")) if path.is_dir() else []
+        members = sorted([*path.glob("seed-*/checkpoint.pt"), *path.glob(f"*{SUFFIX}")]) if path.is_dir() else []
         own = path / "checkpoint.pt"
         found += members if members and not own.is_file() else [own if path.is_dir() else path]
     return found
