@@ -126,7 +126,8 @@ class Bench:
         from ukd_ros.distillation.distill import DistillConfig
 
         words = [*self.table.set, *self.options.set, *row.set, f"seed={seed}"]
-        return load_config(DistillConfig, self.options.config.parent / self.table.distill, words)
+        last = {word.partition("=")[0]: word for word in words}  # a row's own over what all share
+        return load_config(DistillConfig, self.options.config.parent / self.table.distill, list(last.values()))
 
     def open(self, config: Any) -> tuple[Any, Any]:
         """Return windows and models."""

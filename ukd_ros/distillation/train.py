@@ -194,7 +194,7 @@ def train(
         for micro_batches in batches:
             # 1. gradients of this process's share, normalised by counts over the whole batch
             optimizer.zero_grad(set_to_none=True)
-            terms = _backward(network, norms, micro_batches, config, processes, device, guide)
+            terms = backward(network, norms, micro_batches, config, processes, device, guide)
             processes.sum_gradients(learner)
             if not math.isfinite(terms["loss"]):
                 bad = [name for name, value in terms.items() if not math.isfinite(value)]
@@ -326,7 +326,7 @@ class _Joined:
         return part.view(i)
 
 
-def _backward(
+def backward(
     network: KeypointNetwork,
     norms: NormStatistics,
     micro_batches: list[MicroBatch],
