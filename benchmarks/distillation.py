@@ -160,7 +160,17 @@ class Bench:
         from ukd_ros.config import to_mapping
 
         o = self.options
-        asked = [to_mapping(config), to_mapping(row), self.table.objects, o.dataset, o.calibrate, o.data, o.name, OPEN]
+        # not the seeds of the row: one more of them is no other question
+        asked = [
+            to_mapping(config),
+            to_mapping(replace(row, seeds=())),
+            self.table.objects,
+            o.dataset,
+            o.calibrate,
+            o.data,
+            o.name,
+            OPEN,
+        ]
         if not row.plain:
             asked.append(self._teachers())
         return hashlib.sha256(json.dumps(asked, default=str, sort_keys=True).encode()).hexdigest()[:10]

@@ -28,7 +28,7 @@ from ukd_ros.distillation.calibrate import (  # noqa: E402
     write_report,
 )
 from ukd_ros.distillation.corrections import fit_doubt, fit_shrinkage  # noqa: E402
-from ukd_ros.distillation.error_model import ErrorSamples, HeldOut  # noqa: E402
+from ukd_ros.distillation.error_model import CrossFit, ErrorSamples, HeldOut  # noqa: E402
 from ukd_ros.distillation.recalibrate import recalibrate  # noqa: E402
 from ukd_ros.geometry.keypoints import Keypoints  # noqa: E402
 from ukd_ros.geometry.object_model import ObjectModel, Symmetries  # noqa: E402
@@ -295,6 +295,21 @@ class _Part:
 
     def view(self, index: int) -> LabelledView:
         return self.views.view(self.indices[index])
+
+
+@pytest.mark.parametrize("chosen", [0, 1])
+def test_squares_and_views_stay_together_when_the_scaled_fit_solves_fewer_poses(
+    chosen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wider covariance is refused more often; the fit that is chosen brings its own views."""
+    checks = [SimpleNamespace(), SimpleNamespace()]
+    answers = iter((check, {"pose": np.arange(n)}, np.zeros(n), np.arange(n)) for check, n in zip(checks, (5, 3)))
+    fit = CrossFit(Calibration(), "likelihood", {}, np.zeros(5), (Calibration(),))
+    monkeypatch.setattr(module, "check_poses", lambda *arguments: next(answers))
+    monkeypatch.setattr(module, "cover", lambda fit, values, fold: fit)
+    monkeypatch.setattr(module, "_score", lambda check: HeldOut(float(checks.index(check) != chosen), 0.0))
+    judged = module._judge(None, [], fit)  # type: ignore[arg-type]
+    assert len(judged.view) == len(judged.squares["pose"]) == (5, 3)[chosen]
 
 
 def test_only_the_frames_asked_for_are_used_and_strange_objects_are_refused(

@@ -441,12 +441,14 @@ def _judge(estimator: PoseEstimator, matches: Sequence[Match], fit: CrossFit) ->
     """Solve all poses with a fit, and with it scaled to the coverage that these show; return the better of both."""
     check, squares, fold, view = check_poses(estimator, matches, fit)
     covered = cover(fit, squares["pose"], fold)
-    covered_check, covered_squares, _, view = check_poses(estimator, matches, covered)
+    covered_check, covered_squares, _, covered_view = check_poses(estimator, matches, covered)
     scores = {"solved": _score(check), "solved_covered": _score(covered_check)}
     fit = replace(fit, scores={**fit.scores, **scores})
     if choose(scores) == "solved":
         return Judged(fit, check, squares, view, fit.way)
-    return Judged(replace(covered, scores=fit.scores), covered_check, covered_squares, view, f"{fit.way}, covered")
+    return Judged(
+        replace(covered, scores=fit.scores), covered_check, covered_squares, covered_view, f"{fit.way}, covered"
+    )
 
 
 def _radius(judged: Judged, options: CalibrationOptions) -> float:
