@@ -302,12 +302,12 @@ def test_squares_and_views_stay_together_when_the_scaled_fit_solves_fewer_poses(
     chosen: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A wider covariance is refused more often; the fit that is chosen brings its own views."""
-    checks = [SimpleNamespace(), SimpleNamespace()]
-    answers = iter((check, {"pose": np.arange(n)}, np.zeros(n), np.arange(n)) for check, n in zip(checks, (5, 3)))
+    checks = [SimpleNamespace(number=0), SimpleNamespace(number=1)]
+    answers = iter((check, {"pose": np.arange(n)}, np.zeros(n), np.arange(n)) for check, n in zip(checks, (5, 3), strict=True))
     fit = CrossFit(Calibration(), "likelihood", {}, np.zeros(5), (Calibration(),))
     monkeypatch.setattr(module, "check_poses", lambda *arguments: next(answers))
     monkeypatch.setattr(module, "cover", lambda fit, values, fold: fit)
-    monkeypatch.setattr(module, "_score", lambda check: HeldOut(float(checks.index(check) != chosen), 0.0))
+    monkeypatch.setattr(module, "_score", lambda check: HeldOut(float(check.number != chosen), 0.0))
     judged = module._judge(None, [], fit)  # type: ignore[arg-type]
     assert len(judged.view) == len(judged.squares["pose"]) == (5, 3)[chosen]
 
