@@ -303,7 +303,8 @@ def test_squares_and_views_stay_together_when_the_scaled_fit_solves_fewer_poses(
 ) -> None:
     """A wider covariance is refused more often; the fit that is chosen brings its own views."""
     checks = [SimpleNamespace(number=0), SimpleNamespace(number=1)]
-    answers = iter((check, {"pose": np.arange(n)}, np.zeros(n), np.arange(n)) for check, n in zip(checks, (5, 3), strict=True))
+    solved = zip(checks, (5, 3), strict=True)
+    answers = iter([(check, {"pose": np.arange(n)}, np.zeros(n), np.arange(n)) for check, n in solved])
     fit = CrossFit(Calibration(), "likelihood", {}, np.zeros(5), (Calibration(),))
     monkeypatch.setattr(module, "check_poses", lambda *arguments: next(answers))
     monkeypatch.setattr(module, "cover", lambda fit, values, fold: fit)
