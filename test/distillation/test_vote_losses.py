@@ -203,3 +203,29 @@ def test_pretences_are_refused() -> None:
         AlignOptions(BALANCED, normalise=False)
     with pytest.raises(ValueError, match="'outer'|outer is none of"):
         AlignOptions(weighting=("outer",))
+
+
+@pytest.mark.parametrize("debias", [True, False])
+def test_doubt_never_pushes_the_students_votes_apart(debias: bool) -> None:
+    """Ten votes about a teacher's: whatever the doubt, the loss is no gain and pulls inwards, less with doubt."""
+    generator = torch.Generator().manual_seed(3)
+    shape = (1, 10, 1)
+    teacher = Votes(
+        0.5 + 0.001 * torch.randn(*shape, 2, generator=generator, dtype=torch.float64),
+        1e-8 * torch.eye(2, dtype=torch.float64).expand(*shape, 2, 2),
+        torch.ones(1, 10, dtype=torch.float64),
+    )
+    pulls = []
+    for sigma in (0.0, 0.03, 0.1, 1.0):
+        spread = sigma**2 * torch.eye(2, dtype=torch.float64).expand(*shape, 2, 2)
+        offset = 0.05 * torch.randn(*shape, 2, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+        xy = (0.5 + offset).requires_grad_(True)
+        student = Votes(xy, teacher.cov, teacher.mass)
+        options = AlignOptions(UNBALANCED, weighting=("cost",), debias=debias)
+        loss = align(student, replace(teacher, spread=spread), options)[0]
+        assert float(loss.detach()) >= -1e-9
+        loss.sum().backward()  # type: ignore[no-untyped-call]
+        assert xy.grad is not None
+        pulls.append(float((xy.grad * offset).sum()))
+    assert all(pull > -1e-7 for pull in pulls), pulls
+    assert pulls[0] > 2 * pulls[1] > 4 * pulls[2] > 0 and pulls[3] < 1e-3 * pulls[0]

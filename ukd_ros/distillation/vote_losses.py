@@ -103,13 +103,18 @@ def align(student: Votes, teacher: Votes, options: AlignOptions) -> tuple[Tensor
 
     Per object and keypoint k the problem of `transport.solve` with cost ½|x_i − y_j|² and masses from the scores.
     ADLP as published: `normalise` false, no weighting. UAKD: the weightings of `AlignOptions`.
-    With "cost", C_ij = ½ s² δᵀ (s² I + Σ_j)⁻¹ δ: a certain teacher's cost is the plain one.
+    With "cost", C_ij = ½ s² δᵀ (s² I + Σ_j)⁻¹ δ: a certain teacher's cost is the plain one. Debiased, the metric is one
+    for each object and keypoint, the mass-weighted mean of s² (s² I + Σ_j)⁻¹: what a set costs within itself must be
+    measured as what it costs to the other, or the difference pushes the student's votes apart where teachers doubt.
     """
     x, y = student.xy.transpose(1, 2), teacher.xy.transpose(1, 2)
     a, b = _masses(student, teacher, options)
-    if "cost" in options.weighting:
+    if "cost" in options.weighting and not options.debias:
         cost = _precision_cost(x, y, teacher, options)
     else:
+        if "cost" in options.weighting:
+            root = _mean_metric(teacher, options)
+            x, y = x @ root, y @ root
         cost = squared_distance(x, y)
     found = solve(cost, a, b, options.transport)
     if options.debias:
@@ -201,13 +206,26 @@ def _masses(student: Votes, teacher: Votes, options: AlignOptions) -> tuple[Tens
     return wide_a, wide_b
 
 
-def _precision_cost(x: Tensor, y: Tensor, teacher: Votes, options: AlignOptions) -> Tensor:
-    """Return ½ s² δᵀ (s² I + Σ_j)⁻¹ δ, [P,K,n,m]."""
+def _mean_metric(teacher: Votes, options: AlignOptions) -> Tensor:
+    """Return L [P,K,2,2] with L Lᵀ = Σ_j b_j s² (s² I + Σ_j)⁻¹ / Σ_j b_j, the metric in which |Lᵀδ|² is measured."""
+    weight = (teacher.mass / teacher.mass.sum(1, keepdim=True).clamp(min=torch.finfo(teacher.mass.dtype).tiny))[:, None]
+    mean = (weight[..., None, None] * _precision(teacher, options)).sum(2)
+    # an object without votes has no metric, and no problem to measure
+    empty = (teacher.mass.sum(1) <= 0)[:, None, None, None]
+    return torch.linalg.cholesky(torch.where(empty, torch.eye(2, dtype=mean.dtype, device=mean.device), mean))
+
+
+def _precision(teacher: Votes, options: AlignOptions) -> Tensor:
+    """Return s² (s² I + Σ_j)⁻¹, [P,K,m,2,2]."""
     cov = torch.zeros_like(teacher.cov) if teacher.spread is None else teacher.spread
     cov = (cov + teacher.cov if options.aleatoric else cov).transpose(1, 2)
     soft = options.softness**2
-    eye = torch.eye(2, dtype=cov.dtype, device=cov.device)
-    precision = soft * torch.linalg.inv(cov + soft * eye)
+    return soft * torch.linalg.inv(cov + soft * torch.eye(2, dtype=cov.dtype, device=cov.device))
+
+
+def _precision_cost(x: Tensor, y: Tensor, teacher: Votes, options: AlignOptions) -> Tensor:
+    """Return ½ s² δᵀ (s² I + Σ_j)⁻¹ δ, [P,K,n,m]."""
+    precision = _precision(teacher, options)
     delta = x[..., :, None, :] - y[..., None, :, :]
     return 0.5 * torch.einsum("pknmi,pkmij,pknmj->pknm", delta, precision, delta)
 
