@@ -185,6 +185,7 @@ class WindowDataset:
         for frame in self.frames:
             found.update(np.ascontiguousarray(frame.image[::16, ::16]).tobytes())
             found.update(np.ascontiguousarray(frame.instances[::16, ::16]).tobytes())
+            found.update(repr((frame.visible, [item.ignored for item in frame.objects])).encode())
             for item in frame.objects:
                 found.update(np.ascontiguousarray(item.xy).tobytes())
         return found.hexdigest()

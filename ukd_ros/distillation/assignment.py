@@ -76,7 +76,9 @@ def object_rows(targets: Assignment) -> list[tuple[int, int]]:
     """Return the ranges of rows that belong to one object each (its votes stand together)."""
     if len(targets.batch) == 0:
         return []
-    changes = np.flatnonzero(np.any(targets.xy[1:] != targets.xy[:-1], axis=(1, 2))) + 1
+    other = np.any(targets.xy[1:] != targets.xy[:-1], axis=(1, 2))
+    other |= (np.diff(targets.batch) != 0) | (np.diff(targets.class_index) != 0)
+    changes = np.flatnonzero(other) + 1
     bounds = [0, *changes.tolist(), len(targets.batch)]
     return list(zip(bounds[:-1], bounds[1:], strict=True))
 

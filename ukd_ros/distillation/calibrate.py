@@ -101,8 +101,12 @@ class CalibrationOptions:
         default=None, metadata={"help": "Only images with first <= id < last (two numbers)."}
     )
     block_views: int = field(
-        default=1,
-        metadata={"help": "So many neighbouring views are one block: frames of a video resemble each other."},
+        default=0,
+        metadata={
+            "help": "So many neighbouring views of a scene are one block: frames of a video resemble each other. "
+            "0: not said, which for renders means 1 and for recalibrating is refused.",
+            "unit": "views",
+        },
     )
     level: float = field(default=0.95, metadata={"help": "Coverage of the conformal radius.", "unit": "0..1"})
 
@@ -114,8 +118,8 @@ class CalibrationOptions:
             raise ValueError(f"min_visible: is {self.min_visible}, but 0..1 is needed.")
         if not self.match_radius > 0.0 or not self.jitter_shift >= 0.0 or not self.jitter_scale >= 1.0:
             raise ValueError("match_radius must be positive, jitter_shift 0 or more and jitter_scale 1 or more.")
-        if self.block_views < 1:
-            raise ValueError(f"block_views: is {self.block_views}, but at least 1 is needed.")
+        if self.block_views < 0:
+            raise ValueError(f"block_views: is {self.block_views}, but 0 or more is needed.")
         if not 0.0 < self.level < 1.0:
             raise ValueError(f"level: is {self.level}, but a share inside 0..1 is needed.")
         if self.folds < 2:
@@ -214,7 +218,7 @@ def calibrate_model(
     views = _open(dataset_dir, bundle.objects, options, limit, names)
     report = calibrate(estimator, views, options, limit, progress)
     report = replace(report, model=bundle.name, dataset=Path(dataset_dir).resolve().name)
-    update_calibration(root, report.calibration, {"calibrated_on": _provenance(report)})
+    update_calibration(root, report.calibration, {"calibrated_on": _provenance(report), "recalibrated_on": None})
     if out is not None:
         write_report(report, Path(out))
     logger.info("%s calibrated on %d instances:\n%s", root, report.matched, report.table())
@@ -238,12 +242,17 @@ def recalibrate_model(
     Arguments as of `calibrate_model`. ValueError as of `recalibrate`.
     """
     options = options or CalibrationOptions()
+    if options.block_views < 1:
+        raise ValueError(
+            "block_views: say how many neighbouring frames resemble each other, such as --set block_views=30 for a "
+            "second of video, or 1 for photographs taken one by one."
+        )
     root = find_model(model_dir)
     bundle = load_bundle(root)
     estimator = PoseEstimator(bundle, backend, estimator_options)
     views = _open(dataset_dir, bundle.objects, options, limit, names)
     found = collect(estimator, views, options, limit, progress)
-    result = recalibrate(estimator, found.matches, options.block_views, options.level)
+    result = recalibrate(estimator, found.matches, views.blocks(options.block_views), options.level)
     said = {
         "data": Path(dataset_dir).resolve().name,
         "views": found.views,
@@ -276,6 +285,17 @@ class _Chosen:
 
     def view(self, index: int) -> LabelledView:
         return self._data.view(self.indices[index])
+
+    def blocks(self, views: int) -> list[int]:
+        """Return the block of every view: `views` neighbours of one scene."""
+        where: dict[tuple[int, int], int] = {}
+        seen: Counter[int] = Counter()
+        places = []
+        for index in self.indices:
+            scene = self._data.images[index].scene_id
+            places.append(where.setdefault((scene, seen[scene] // views), len(where)))
+            seen[scene] += 1
+        return places
 
 
 def _open(
@@ -326,7 +346,14 @@ def calibrate(
     raw = Judged(plain, check, squares, view, way="")
     variants = {"joint": joint, "block_diagonal": blocks, "uncalibrated": raw}
     form = _form({name: _score(variants[name].check) for name in FORMS})
-    radii = {name: _radius(variants[name], options) for name in FORMS}
+    step = max(1, options.block_views)
+    places = np.array(views.blocks(step) if isinstance(views, _Chosen) else [i // step for i in range(len(views))])
+    radii = {
+        name: conformal_radius(
+            variants[name].squares["pose"], places[variants[name].view.astype(np.int64)], options.level
+        )
+        for name in FORMS
+    }
     stamped = [
         replace(
             judged.fit.calibration,
@@ -449,11 +476,6 @@ def _judge(estimator: PoseEstimator, matches: Sequence[Match], fit: CrossFit) ->
     return Judged(
         replace(covered, scores=fit.scores), covered_check, covered_squares, covered_view, f"{fit.way}, covered"
     )
-
-
-def _radius(judged: Judged, options: CalibrationOptions) -> float:
-    """Return the conformal radius of poses, each judged by a fit without its view (cross-conformal)."""
-    return conformal_radius(judged.squares["pose"], judged.view // options.block_views, options.level)
 
 
 def _form(scores: dict[str, HeldOut], margin_nll: float = 0.1, margin_miss: float = 0.01) -> str:

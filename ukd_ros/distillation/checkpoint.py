@@ -25,7 +25,8 @@ class CheckpointError(ValueError):
 class Checkpoint:
     """A network with its optimizer state, the steps done, the training settings and the objects it knows.
 
-    `extra`: weights that only training needs (a distillation's projection).
+    `extra`: weights that only training needs (a distillation's projection); `taught`: by which teachers, on which
+    windows.
     """
 
     network: KeypointNetwork
@@ -34,6 +35,7 @@ class Checkpoint:
     config: dict[str, Any]
     models: tuple[ObjectModel, ...]
     extra: dict[str, Any] = field(default_factory=dict)
+    taught: str = ""
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -46,6 +48,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "step": checkpoint.step,
         "config": checkpoint.config,
         "extra": checkpoint.extra,
+        "taught": checkpoint.taught,
         "models": [
             {
                 "name": m.name,
@@ -86,5 +89,5 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ObjectModel(m["name"], m["keypoints_3d"].numpy(), m["diameter"], Symmetries.from_bop(m["symmetries"]))
         for m in content["models"]
     )
-    extra = content.get("extra", {})
-    return Checkpoint(network, content["optimizer"], int(content["step"]), content["config"], models, extra)
+    extra, taught = content.get("extra", {}), str(content.get("taught", ""))
+    return Checkpoint(network, content["optimizer"], int(content["step"]), content["config"], models, extra, taught)

@@ -52,7 +52,8 @@ def effective_size(inside: npt.ArrayLike, block: npt.ArrayLike) -> float:
     within = float(((y - means[inverse]) ** 2).sum()) / (n - blocks)
     size = (n - float((counts**2).sum()) / n) / (blocks - 1)
     spread = between + (size - 1.0) * within
-    correlation = max(0.0, (between - within) / spread) if spread > 0.0 else 0.0
+    # samples that all say the same do not tell how they are shared: then a block is worth one
+    correlation = max(0.0, (between - within) / spread) if spread > 0.0 else 1.0
     return n / (1.0 + (float((counts**2).sum()) / n - 1.0) * correlation)
 
 

@@ -93,6 +93,8 @@ def distill(
     `heard`: what becomes of the guidance of windows (by number) on its way to the student, for experiments. CacheError
     when the cache is that of other teachers or windows.
     """
+    if (out / "checkpoint.pt").exists() and not resume:
+        raise FileExistsError(f"{out}: there is a training run already; go on with --resume or choose another folder")
     options = config.guide
     needs_features = options.features > 0.0 or options.planned_features > 0.0
     kept = open_cache(
@@ -113,7 +115,7 @@ def distill(
         said = kept.guidance(numbers)
         return said if heard is None else heard(said, [n % config.window_count for n in numbers])
 
-    guide = Guide(options, guidance, *widths)
+    guide = Guide(options, guidance, *widths, identity=kept.identity)
     return train(
         config,
         Repeated(data, config.window_count),

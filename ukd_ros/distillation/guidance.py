@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ukd_ros.data.dataset import TrainingSample
 from ukd_ros.distillation.assignment import Assignment, assign, object_rows
-from ukd_ros.distillation.teacher import Ensemble, EnsembleVotes
+from ukd_ros.distillation.teacher import Ensemble, EnsembleVotes, TeacherError
 from ukd_ros.perception.backends import RawVotes
 from ukd_ros.perception.votes import Calibration, VoteInstance, VoteOptions, collect_instances
 
@@ -72,6 +72,8 @@ def teach(ensemble: Ensemble, samples: Sequence[TrainingSample], positives: int,
     device = next(ensemble.networks[0].parameters()).device
     image = torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2)
     found = ensemble.predict(image.to(device, torch.float32))
+    if not all(bool(torch.isfinite(x).all()) for x in (found.score, found.xy, found.spread, found.cov, found.features)):
+        raise TeacherError(f"{', '.join(ensemble.names)}: one of them gives votes that are not finite; train it again")
     targets = assign(samples, len(config.classes), config.keypoints, positives)
     rows: list[tuple[int, int, npt.NDArray[np.int64]]] = []
     labelled = object_rows(targets)

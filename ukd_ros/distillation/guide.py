@@ -79,8 +79,13 @@ class Guide:
         guidance: Callable[[Sequence[int]], Guidance],
         student_width: int,
         teacher_width: int,
+        identity: str = "",
     ) -> None:
-        """`guidance` returns the teachers' votes for windows by number; the widths are channels of the pyramids."""
+        """`guidance` returns the teachers' votes for windows by number; the widths are channels of the pyramids.
+
+        `identity` tells these teachers and windows from any others: a run is not resumed with another.
+        """
+        self.identity = identity
         self.options = options
         self.guidance = guidance
         self.needs_features = options.features > 0.0 or options.planned_features > 0.0
@@ -108,10 +113,13 @@ class Guide:
         the assignment (it was made for other windows).
         """
         o = self.options
-        zero = raw.logit.sum() * 0.0
+        # what the guide learns always has a gradient, also in a process whose windows show nothing
+        zero = 0.0 * torch.stack([raw.logit.sum(), *(p.sum() for p in self.module.parameters())]).sum()
         terms = dict.fromkeys(TERMS, zero)
         if len(guidance) == 0:
             return terms
+        if int(guidance.cell.max()) >= raw.logit.shape[1] or int(guidance.class_index.max()) >= raw.logit.shape[2]:
+            raise ValueError("the teachers speak of cells or objects that the student does not have")
         teacher = _teacher_votes(guidance, side, raw.logit.device)
         own = _student_cells(raw, targets, guidance, o.votes)
         student = self._student(raw, features, guidance, own, side)

@@ -9,9 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed, nn
 
-_DEVICE_OF = {"nccl": "cuda"}
-"""Where a backend wants its tensors."""
-
 
 @dataclass(frozen=True)
 class Processes:
@@ -22,20 +19,22 @@ class Processes:
 
     @staticmethod
     def from_environment() -> Processes:
-        """Join the group that torchrun announced (gloo on CPUs, nccl on CUDA), or stand alone."""
+        """Join the group that torchrun announced (gloo for what is on CPUs, nccl on CUDA), or stand alone."""
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return Processes()
         if not distributed.is_initialized():
-            distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         return Processes(distributed.get_rank(), distributed.get_world_size())
 
     def sum(self, value: Tensor) -> Tensor:
         """Return the sum of a tensor over all processes."""
         if self.count == 1:
             return value
-        total = value.to(_DEVICE_OF.get(distributed.get_backend(), value.device), copy=True)
+        total = value.clone()
         distributed.all_reduce(total)
-        return total.to(value.device)
+        return total
 
     def any(self, flag: bool) -> bool:
         """Return whether any process says yes; all get the same answer."""

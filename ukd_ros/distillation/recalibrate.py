@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ukd_ros.distillation.conformal import block_quantile, conformal_radius, effective_size, highest_level
 from ukd_ros.distillation.corrections import Match
@@ -64,7 +65,8 @@ class Recalibration:
             shares = " ".join(f"{100 * check.coverage[part][0.95]:5.1f}" for part in ("pose", "xy", "z", "rotation"))
             rows.append(
                 f"{name:8} {check.poses:5d} {check.nees:5.1f}       {shares} {check.sigma_xy_mm:8.2f} "
-                f"{check.sigma_z_mm:8.2f} {check.sigma_rotation_deg:10.2f} {check.nll:7.2f}"
+                f"{check.sigma_z_mm:8.2f} {check.sigma_rotation_deg:10.2f} {check.nll:7.2f}  "
+                f"{sum(check.rejected.values())} refused"
             )
         rows.append(
             f"covariance times {self.factor:.3g}, from {self.poses} poses in {self.blocks} blocks (worth "
@@ -75,19 +77,63 @@ class Recalibration:
 
 
 def recalibrate(
-    estimator: PoseEstimator, matches: Sequence[Match], block_views: int = 1, level: float = 0.95
+    estimator: PoseEstimator, matches: Sequence[Match], blocks: Sequence[int], level: float = 0.95
 ) -> Recalibration:
     """Fit one factor on the covariance of an already calibrated model, on matched instances of labelled frames.
 
-    `block_views` neighbouring frames are one block. ValueError when the model was never calibrated, or fewer than five
-    poses in two blocks were solved.
+    `blocks`: the block of every view; views of one block resemble each other. ValueError when the model was never
+    calibrated, or fewer than five poses in two blocks were solved.
     """
-    if estimator.calibration.instances == 0:
+    old = estimator.calibration
+    if old.instances == 0:
         raise ValueError("recalibrating needs a model that was calibrated on renders first: run ukd calibrate on them.")
+    places = np.array([blocks[item.view] for item in matches], dtype=np.int64)
+    before = _solved(estimator, matches, places, np.ones(len(matches)))
+    seen = np.unique(before.block)
+    if len(before.block) < LEAST_POSES or len(seen) < 2:
+        raise ValueError(
+            f"only {len(before.block)} poses in {len(seen)} blocks were solved from {len(matches)} matched instances "
+            f"({before.check.rejected}): recalibrating needs {LEAST_POSES} poses in two blocks; label more frames."
+        )
+    # the solver weighs and refuses by the covariance, so every factor is judged on poses that were solved with it
+    squares = before.squares["pose"]
+    factor = scale_factor(squares, before.block)
+    others = np.array([_without(squares, before.block, int(place), factor) for place in places])
+    after = _solved(estimator, matches, places, others)
+    final = _solved(estimator, matches, places, np.full(len(matches), factor))
+    reached = min(level, highest_level(len(np.unique(final.block))))
+    radius = conformal_radius(final.squares["pose"], final.block, reached)
+    new = replace(
+        old,
+        block_factor=old.block_factor * factor,
+        modes=old.modes * factor,
+        conformal_level=reached,
+        conformal_radius=radius,
+    )
+    inside = squares <= block_quantile(squares, before.block, 0.8)
+    size = effective_size(inside, before.block)
+    return Recalibration(factor, reached, radius, len(before.block), len(seen), size, before.check, after.check, new)
+
+
+@dataclass(frozen=True, eq=False)
+class _Solved:
+    """Poses solved with a covariance: their check, NEES per part, and blocks."""
+
+    check: PoseCheck
+    squares: dict[str, FloatArray]
+    block: npt.NDArray[np.int64]
+
+
+def _solved(
+    estimator: PoseEstimator, matches: Sequence[Match], places: npt.NDArray[np.int64], factors: FloatArray
+) -> _Solved:
+    """Solve every match with its covariance times a factor of its own; ValueError when none was solved."""
     deltas, covs, known, free, block = [], [], [], [], []
     rejected: Counter[str] = Counter()
-    for item in matches:
-        answer = estimator.solve(item.camera, item.instance)
+    for item, place, factor in zip(matches, places, factors, strict=True):
+        points = item.instance.keypoints
+        instance = replace(item.instance, keypoints=replace(points, cov=points.cov * float(factor)))
+        answer = estimator.solve(item.camera, instance)
         if isinstance(answer, Rejection):
             rejected[answer.reason.value] += 1
             continue
@@ -96,40 +142,23 @@ def recalibrate(
         covs.append(answer.cov)
         known.append(without_free_turns(answer.cov, answer.T_camera_object, symmetries))
         free.append(len(symmetries.continuous))
-        block.append(item.view // block_views)
-    places = np.array(block)
-    if len(deltas) < LEAST_POSES or len(np.unique(places)) < 2:
+        block.append(int(place))
+    if not deltas:
         raise ValueError(
-            f"only {len(deltas)} poses in {len(np.unique(places))} blocks were solved from {len(matches)} matched "
-            f"instances ({dict(rejected)}): recalibrating needs {LEAST_POSES} poses in two blocks; label more frames."
+            f"no pose was solved from {len(matches)} matched instances ({dict(rejected)}); label more frames, or look "
+            "with ukd evaluate whether the model knows what these show."
         )
-    delta, cov, kept = np.array(deltas), np.array(covs), np.array(known)
-    before, squares = pose_check(delta, cov, dict(rejected), free, kept)
-    factors = np.ones(len(delta))
-    for one in np.unique(places):
-        factors[places == one] = scale_factor(squares["pose"][places != one], places[places != one])
-    scaled = factors[:, None, None]
-    after, _ = pose_check(delta, cov * scaled, dict(rejected), free, kept * scaled)
-    factor = scale_factor(squares["pose"], places)
-    blocks = len(np.unique(places))
-    reached = min(level, highest_level(blocks))
-    # the factor is a change of unit: the set that the radius describes does not depend on it
-    radius = conformal_radius(squares["pose"], places, reached) / math.sqrt(factor)
-    old = estimator.calibration
-    new = replace(
-        old,
-        block_factor=old.block_factor * factor,
-        modes=old.modes * factor,
-        conformal_level=reached,
-        conformal_radius=radius,
-    )
-    inside = squares["pose"] <= block_quantile(squares["pose"], places, 0.8)
-    return Recalibration(
-        factor, reached, radius, len(delta), blocks, effective_size(inside, places), before, after, new
-    )
+    check, squares = pose_check(np.array(deltas), np.array(covs), dict(rejected), free, np.array(known))
+    return _Solved(check, squares, np.array(block, dtype=np.int64))
 
 
-def scale_factor(squares: FloatArray, block: FloatArray) -> float:
+def _without(squares: FloatArray, block: npt.NDArray[np.int64], place: int, whole: float) -> float:
+    """Return the factor that the other blocks give."""
+    rest = block != place
+    return scale_factor(squares[rest], block[rest]) if rest.any() else whole
+
+
+def scale_factor(squares: FloatArray, block: npt.ArrayLike) -> float:
     """Return the factor on the covariance that brings poses with these NEES [n] to nominal coverage.
 
     The quantile compared is the highest that the samples can tell (0.95 from 50 independent ones on, 0.5 from five);

@@ -91,13 +91,19 @@ class Ensemble:
         """
         networks, names = [], []
         digest = hashlib.sha256()
-        for path in member_files(checkpoints):
+        files = member_files(checkpoints)
+        digests = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
+        for number, path in enumerate(files):
+            twin = next((p for p in files[:number] if path in digests and digests[p] == digests[path]), None)
+            if twin is not None:
+                raise TeacherError(f"{path}: is the same teacher as {twin}, and would count twice; name it once")
+        for path in files:
             content = _read(path)
             _require_same(path, content.models, models)
             side = content.window or window
             if side != window:
                 raise TeacherError(f"{path}: was trained on windows of {side} px, but the student's have {window} px")
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+            digest.update(bytes.fromhex(digests[path]))
             networks.append(content.network.to(device))
             names.append(str(path))
         return cls(networks, names, digest.hexdigest(), single=single)
@@ -145,7 +151,10 @@ def member_files(given: Sequence[Path]) -> list[Path]:
     """Return the files meant by files, folders of runs, and folders of ensembles or stored teachers (seed-0, …)."""
     found: list[Path] = []
     for path in given:
-        members = sorted([*path.glob("seed-*/checkpoint.pt"), *path.glob(f"*{SUFFIX}")]) if path.is_dir() else []
+        runs, stored = sorted(path.glob("seed-*/checkpoint.pt")), sorted(path.glob(f"*{SUFFIX}"))
+        if runs and stored:
+            raise TeacherError(f"{path}: holds runs and stored teachers, perhaps the same ones; name the files")
+        members = runs or stored
         own = path / "checkpoint.pt"
         found += members if members and not own.is_file() else [own if path.is_dir() else path]
     return found
@@ -172,6 +181,10 @@ def _require_same(path: Path, taught: Sequence[ObjectModel], wanted: Sequence[Ob
         if one.keypoints_3d.shape != other.keypoints_3d.shape:
             counts = len(one.keypoints_3d), len(other.keypoints_3d)
             raise TeacherError(f"{path}: has {counts[0]} keypoints on {one.name}, but the student has {counts[1]}")
+        if one.symmetries.to_bop() != other.symmetries.to_bop():
+            raise TeacherError(
+                f"{path}: was trained with other symmetries of {one.name}, which name keypoints otherwise"
+            )
         apart = float(abs(one.keypoints_3d - other.keypoints_3d).max())
         if apart > SAME_POINT:
             raise TeacherError(

@@ -7,9 +7,11 @@ refused. Shards appear whole or not at all, so an interrupted call goes on, and 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import lru_cache
@@ -22,14 +24,16 @@ from tqdm import tqdm
 
 from ukd_ros.data.dataset import TrainingSample, Windows
 from ukd_ros.data.whole_files import write_bytes
-from ukd_ros.distillation.guidance import Guidance, teach
+from ukd_ros.distillation.guidance import PADDING, Guidance, teach
 from ukd_ros.distillation.parallel import Processes
 from ukd_ros.distillation.teacher import Ensemble
+from ukd_ros.perception.network import NetworkConfig
 
 FORMAT = 1
 SHARD = 512
 """Windows in a shard."""
 BATCH = 32
+_MOST_CELLS = np.iinfo(np.int16).max + 1
 NOTE = "cache.json"
 
 
@@ -40,10 +44,12 @@ class CacheError(ValueError):
 class TeacherCache:
     """Guidance of the windows 0 .. count - 1 of a data set."""
 
-    def __init__(self, folder: Path, count: int) -> None:
+    def __init__(self, folder: Path, count: int, votes: int, network: NetworkConfig, identity: str) -> None:
         """Use `open_cache`, which makes sure that the folder holds what it should."""
         self.folder = folder
         self.count = count
+        self.identity = identity
+        self._votes, self._network = votes, network
         self._shard = lru_cache(maxsize=4)(self._read)
 
     def guidance(self, numbers: Sequence[int]) -> Guidance:
@@ -59,13 +65,44 @@ class TeacherCache:
         try:
             with np.load(path, allow_pickle=False) as content:
                 parts = {f.name: content[f.name] for f in fields(Guidance)}
-        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-            raise CacheError(f"{path}: cannot be read ({error}); delete it, and it is made again") from error
-        count = len(parts["window"])
-        if any(len(array) != count for array in parts.values()):
-            raise CacheError(f"{path}: its arrays differ in length; delete it, and it is made again")
-        widened = {name: _widened(array) for name, array in parts.items()}
-        return Guidance(**widened)
+            fault = self._fault(parts)
+            if fault:
+                raise CacheError(f"{path}: {fault}; delete it, and it is made again")
+            return Guidance(**{name: _widened(array) for name, array in parts.items()})
+        except CacheError:
+            raise
+        except (
+            OSError,
+            EOFError,
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            zlib.error,
+            zipfile.BadZipFile,
+        ) as e:
+            raise CacheError(f"{path}: cannot be read ({e}); delete it, and it is made again") from e
+
+    def _fault(self, parts: dict[str, npt.NDArray[Any]]) -> str:
+        """Say what is wrong with a shard's arrays, "" when nothing is: nothing in a file is believed."""
+        count, keypoints = len(parts["window"]), self._network.keypoints
+        votes = (count, self._votes)
+        shapes = {"window": (count,), "class_index": (count,), "cell": votes, "score": votes}
+        shapes |= {"xy": (*votes, keypoints, 2), "spread": (*votes, keypoints, 3), "cov": (*votes, keypoints, 3)}
+        for name, array in parts.items():
+            expected = shapes.get(name, (*votes, array.shape[-1]))
+            if array.shape != expected:
+                return f"{name} has the shape {array.shape}, not {expected}"
+            whole = name in ("window", "class_index", "cell")
+            if array.dtype.kind != ("i" if whole else "f"):
+                return f"{name} is {array.dtype}"
+            if not whole and not np.isfinite(array).all():
+                return f"{name} is not finite"
+        ends = {"window": (0, SHARD), "class_index": (0, len(self._network.classes)), "cell": (PADDING, _MOST_CELLS)}
+        for name, (first, end) in ends.items():
+            if count and not (first <= int(parts[name].min()) and int(parts[name].max()) < end):
+                return f"{name} is outside {first}..{end - 1}"
+        return ""
 
 
 def open_cache(
@@ -107,14 +144,16 @@ def open_cache(
         disable=not progress or processes.rank > 0,
     )
     for shard in missing:
-        if shard % processes.count == processes.rank:
+        # another program may have made it meanwhile
+        if shard % processes.count == processes.rank and not (folder / _shard_name(shard)).is_file():
             _make(folder, shard, ensemble, data, positives, votes, features, bar)
     bar.close()
     processes.any(False)  # all shares are done
     absent = [s for s in shards if not (folder / _shard_name(s)).is_file()]
     if absent:
         raise CacheError(f"{folder / _shard_name(absent[0])}: is missing; every process must see the same folder")
-    return TeacherCache(folder, count)
+    identity = hashlib.sha256(json.dumps([mine["teachers"], mine["data"]]).encode()).hexdigest()
+    return TeacherCache(folder, count, votes, ensemble.networks[0].config, identity)
 
 
 def _make(
@@ -149,7 +188,8 @@ def _claim(folder: Path, mine: dict[str, Any]) -> bool:
     """
     note = folder / NOTE
     if not note.is_file():
-        if folder.is_dir() and any(folder.iterdir()):
+        # hidden files are what another process is just writing, or left when it was killed
+        if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise CacheError(f"{folder}: holds files but no {NOTE}; choose an empty folder for the teachers' cache")
         folder.mkdir(parents=True, exist_ok=True)
         write_bytes(note, (json.dumps(mine, indent=1) + "\n").encode())

@@ -78,10 +78,21 @@ def load_teacher(path: Path) -> StoredTeacher:
         network = KeypointNetwork(NetworkConfig(**settings))
         network.load_state_dict(_restored(state))
         models = tuple(_model(m) for m in note["models"])
+        fault = _fault(network, models, int(note["window"]), state)
+        if fault:
+            raise CheckpointError(f"{path}: {fault}; fetch it again or export it")
         return StoredTeacher(network, models, int(note["window"]))
     except CheckpointError:
         raise
-    except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (
+        safetensors.SafetensorError,
+        OSError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:
         raise CheckpointError(f"{path}: cannot be read as a teacher ({error}); fetch it again or export it") from error
 
 
@@ -112,6 +123,21 @@ def _restored(state: dict[str, Tensor]) -> dict[str, Tensor]:
             value = value.float()
         restored[name] = value if scale is None else value * scale
     return restored
+
+
+def _fault(network: KeypointNetwork, models: tuple[ObjectModel, ...], window: int, state: dict[str, Tensor]) -> str:
+    """Say what is wrong with a teacher that could be read, "" when nothing is."""
+    if network.config.classes != tuple(m.name for m in models):
+        return f"its network knows {network.config.classes}, its models are {tuple(m.name for m in models)}"
+    if any(len(m.keypoints_3d) != network.config.keypoints for m in models):
+        return f"its network has {network.config.keypoints} keypoints, its models have another number"
+    if window < 0:
+        return f"its window of {window} px is none"
+    if any(value.dtype == torch.int8 and name + _SCALE not in state for name, value in state.items()):
+        return "integers without their scale"
+    if not all(torch.isfinite(value.float()).all() for value in network.state_dict().values()):
+        return "its weights are not finite"
+    return ""
 
 
 def _model(note: dict[str, Any]) -> ObjectModel:

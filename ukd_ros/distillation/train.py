@@ -230,7 +230,10 @@ def train(
                 norms.store()
                 if processes.rank == 0:
                     extra = guide.module.state_dict() if guide else {}
-                    now = Checkpoint(network, optimizer.state_dict(), step, asdict(config), tuple(models), extra)
+                    taught = guide.identity if guide else ""
+                    now = Checkpoint(
+                        network, optimizer.state_dict(), step, asdict(config), tuple(models), extra, taught
+                    )
                     save_checkpoint(path, now)
                     if kept:
                         save_checkpoint(out / f"step-{step:06d}.pt", now)
@@ -489,6 +492,8 @@ def _restore(
             raise ValueError(
                 f"{path}: was trained with {key} = {theirs.get(key)}, not {mine.get(key)}; --resume needs the same"
             )
+    if guide is not None and content.taught != guide.identity:
+        raise ValueError(f"{path}: was taught by other teachers or on other windows; --resume needs the same")
     network.load_state_dict(content.network.state_dict())
     if guide is not None:
         guide.module.load_state_dict(content.extra)

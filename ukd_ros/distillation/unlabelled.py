@@ -27,7 +27,8 @@ def propose(
 ) -> list[tuple[int, FloatArray]]:
     """Return the boxes (number of the view; x0 y0 x1 y1 px) of what the teachers see in whole frames.
 
-    Every frame is brought to `locate_width` px, as for the estimator's locate stage.
+    Every frame is brought to `locate_width` px, as for the estimator's locate stage. Boxes are whole pixels: what two
+    machines see differs by less.
     """
     device = next(ensemble.networks[0].parameters()).device
     step = STRIDES[-1]
@@ -39,7 +40,7 @@ def propose(
         crop = letterbox((camera.width, camera.height), (width, height))
         image = torch.from_numpy(crop.warp(view.image)).permute(2, 0, 1)[None].to(device, torch.float32)
         found = ensemble.predict(image)
-        boxes += [(number, np.asarray(instance.to_source(crop).box)) for instance in seen(found, 0)]
+        boxes += [(number, np.round(instance.to_source(crop).box)) for instance in seen(found, 0)]
     return boxes
 
 

@@ -212,7 +212,8 @@ def _mean_metric(teacher: Votes, options: AlignOptions) -> Tensor:
     mean = (weight[..., None, None] * _precision(teacher, options)).sum(2)
     # an object without votes has no metric, and no problem to measure
     empty = (teacher.mass.sum(1) <= 0)[:, None, None, None]
-    return torch.linalg.cholesky(torch.where(empty, torch.eye(2, dtype=mean.dtype, device=mean.device), mean))
+    root: Tensor = torch.linalg.cholesky(torch.where(empty, torch.eye(2, dtype=mean.dtype, device=mean.device), mean))
+    return root
 
 
 def _precision(teacher: Votes, options: AlignOptions) -> Tensor:
@@ -220,7 +221,8 @@ def _precision(teacher: Votes, options: AlignOptions) -> Tensor:
     cov = torch.zeros_like(teacher.cov) if teacher.spread is None else teacher.spread
     cov = (cov + teacher.cov if options.aleatoric else cov).transpose(1, 2)
     soft = options.softness**2
-    return soft * torch.linalg.inv(cov + soft * torch.eye(2, dtype=cov.dtype, device=cov.device))
+    found: Tensor = soft * torch.linalg.inv(cov + soft * torch.eye(2, dtype=cov.dtype, device=cov.device))
+    return found
 
 
 def _precision_cost(x: Tensor, y: Tensor, teacher: Votes, options: AlignOptions) -> Tensor:

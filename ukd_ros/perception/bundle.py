@@ -259,6 +259,7 @@ def update_calibration(
 ) -> Bundle:
     """Replace the calibration in a folder's model.yaml, add to its provenance, and return the model loaded anew.
 
+    What `provenance` calls None is taken out of it.
     Only model.yaml is rewritten, by rename. Raises BundleError, and leaves the folder as it was, when it was not a
     valid model before or would not be one afterwards.
     """
@@ -266,7 +267,8 @@ def update_calibration(
     load_bundle(root)
     data = _read_yaml(root)
     data["calibration"] = calibration_data(calibration)
-    data["provenance"] = {**data["provenance"], **plain_data(dict(provenance or {}))}
+    told = {**data["provenance"], **dict(provenance or {})}
+    data["provenance"] = plain_data({key: value for key, value in told.items() if value is not None})
     parse_manifest(data, root / MANIFEST)
     _write_yaml(root / MANIFEST, data)
     return load_bundle(root)
