@@ -68,6 +68,9 @@ logger = logging.getLogger(__name__)
 FORMS = ("joint", "block_diagonal")
 """With common modes between the keypoints, and without."""
 
+UNGATED = EstimatorOptions(tracking=False, max_sigma_position=100.0, max_sigma_rotation_deg=1000.0)
+"""An estimator that refuses no pose for being uncertain."""
+
 CROPS = ("locate", "oracle")
 """Where the zoomed crops come from: the locate stage, or the truth with a jitter."""
 
@@ -239,7 +242,8 @@ def recalibrate_model(
 ) -> Recalibration:
     """Fit one factor on a calibrated model's covariance on a handful of labelled real frames, and store it.
 
-    Arguments as of `calibrate_model`. ValueError as of `recalibrate`.
+    Arguments as of `calibrate_model`; by default no pose is refused for being uncertain, or the factor would be fitted
+    to those that it lets pass. ValueError as of `recalibrate`.
     """
     options = options or CalibrationOptions()
     if options.block_views < 1:
@@ -249,7 +253,7 @@ def recalibrate_model(
         )
     root = find_model(model_dir)
     bundle = load_bundle(root)
-    estimator = PoseEstimator(bundle, backend, estimator_options)
+    estimator = PoseEstimator(bundle, backend, estimator_options or UNGATED)
     views = _open(dataset_dir, bundle.objects, options, limit, names)
     found = collect(estimator, views, options, limit, progress)
     result = recalibrate(estimator, found.matches, views.blocks(options.block_views), options.level)
