@@ -324,7 +324,8 @@ def _fork(bench: Bench, wanted: list[tuple[str, int]], workers: int) -> None:
     name, seed = wanted[0]
     bench.open(bench.config(bench.table.rows[name], seed))
     context = multiprocessing.get_context("fork")
-    children = [context.Process(target=_run_all, args=(bench, wanted[i::workers])) for i in range(workers)]
+    turn = context.Value("i", 0)
+    children = [context.Process(target=_run_all, args=(bench, wanted, turn)) for _ in range(workers)]
     for child in children:
         child.start()
     for child in children:
@@ -333,9 +334,15 @@ def _fork(bench: Bench, wanted: list[tuple[str, int]], workers: int) -> None:
         raise ChildProcessError("a worker failed; its message is above, and a second call goes on where it stopped")
 
 
-def _run_all(bench: Bench, wanted: list[tuple[str, int]]) -> None:
-    for name, seed in wanted:
-        bench.run(name, seed)
+def _run_all(bench: Bench, wanted: list[tuple[str, int]], turn: Any) -> None:
+    """Do the next run that no other worker has taken, until there is none."""
+    while True:
+        with turn.get_lock():
+            number = turn.value
+            turn.value += 1
+        if number >= len(wanted):
+            return
+        bench.run(*wanted[number])
 
 
 def main(arguments: list[str] | None = None) -> int:
