@@ -326,7 +326,7 @@ def test_resuming_gives_the_numbers_of_an_unbroken_run(data: WindowDataset, ense
         there = {**other.network.state_dict(), **other.extra}[name]
         torch.testing.assert_close(there, value, rtol=0, atol=1e-6, msg=name)
     assert not torch.equal(one.extra["projection.weight"], torch.eye(16))  # it has learnt
-    plain = replace(TINY, guide=replace(TINY.guide, transport=100.0))
+    plain = replace(TINY, guide=replace(TINY.guide, transport=123.0))
     with pytest.raises(ValueError, match="guide"):
         distill(plain, ensemble, data, [CUBE], broken, cache=cache, progress=False, resume=True)
 
@@ -343,7 +343,11 @@ def test_windows_without_labels_teach_by_the_teachers_alone(
     line = json.loads((tmp_path / "alone" / "metrics.jsonl").read_text())
     assert line["focal"] == line["ray"] == line["nll"] == 0.0 and line["kd_transport"] > 0.0
     sure = TINY.guide
-    expected = sure.transport * line["kd_transport"] + sure.scale * line["kd_scale"] + 0.5 * line["kd_planned"]
+    expected = (
+        sure.transport * line["kd_transport"]
+        + sure.scale * line["kd_scale"]
+        + sure.planned_features * line["kd_planned"]
+    )
     assert line["loss"] == pytest.approx(expected, rel=1e-4)
 
 

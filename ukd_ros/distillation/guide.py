@@ -48,10 +48,10 @@ class GuideOptions:
     votes: int = 10
     naive: float = 0.0
     features: float = 0.0
-    transport: float = 500.0
+    transport: float = 50.0
     gaussian: bool = True
     scale: float = 0.2
-    planned_features: float = 0.5
+    planned_features: float = 2.0
     project: bool = True
     align: AlignOptions = field(
         default_factory=lambda: AlignOptions(TransportOptions(blur=2e-2, reach=0.5, iterations=20), weighting=("cost",))
