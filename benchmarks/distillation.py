@@ -137,7 +137,7 @@ class Bench:
             self._opened["data"] = open_folders(
                 config, self.options.dataset, objects=self.table.objects, seed=config.window_seed
             )[:2]
-        return tuple(self._opened["data"])  # type: ignore[return-value]
+        return tuple(self._opened["data"])
 
     def run(self, name: str, seed: int) -> dict[str, Any]:
         """Train and measure one student; the result is kept."""
@@ -223,7 +223,7 @@ class Bench:
             except ValueError as error:  # a student that has learnt too little: its error bars are the network's own
                 found["uncalibrated"] = str(error)
             for name, data, ids, crops in o.data:
-                gates = EstimatorOptions(**OPEN)  # type: ignore[arg-type]
+                gates = EstimatorOptions(**OPEN)
                 settings = EvaluationOptions(ids=ids, crops=crops, estimator=gates)
                 report = evaluate_model(student, data, settings, names=dict(o.name))
                 found[name] = _numbers(report)

@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     class First:
         def __len__(self) -> int:
-            return min(options.views, len(data))
+            return int(min(options.views, len(data)))
 
         def view(self, index: int) -> Any:
             return data.view(index)

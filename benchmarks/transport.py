@@ -44,7 +44,7 @@ def ours(x: Any, y: Any, a: Any, b: Any, iterations: int) -> Any:
     x = x.clone().requires_grad_(True)
     options = TransportOptions(blur=BLUR, reach=REACH, scaling=0.25, iterations=iterations)
     value = divergence(squared_distance(x, y), squared_distance(x, x), squared_distance(y, y), a, b, options).value
-    value.sum().backward()
+    value.sum().backward()  # type: ignore[no-untyped-call]
     return value.detach()
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ukd_ros.config import load_config
 from ukd_ros.data.augment import AugmentConfig
-from ukd_ros.data.dataset import MixedWindows, UnlabelledWindows, WindowConfig, WindowDataset
+from ukd_ros.data.dataset import MixedWindows, TrainingSample, UnlabelledWindows, WindowConfig, WindowDataset
 from ukd_ros.distillation.assignment import assign
 from ukd_ros.distillation.checkpoint import load_checkpoint
 from ukd_ros.distillation.distill import DistillConfig, distill
@@ -177,7 +177,11 @@ def test_doubt_about_one_keypoint_changes_what_the_student_hears(data: WindowDat
     for weighting, gaussian in itertools.product((("cost",), ("mass",), ("keypoint",)), (True, False)):
         options = GuideOptions(planned_features=0.0, gaussian=gaussian, align=replace(SURE, weighting=weighting))
         _, guidance, _ = told(options, member(7), data, ensemble)
-        guidance = replace(guidance, spread=0 * guidance.spread, cov=np.ones_like(guidance.cov) * np.float32([1, 0, 1]))
+        guidance = replace(
+            guidance,
+            spread=0 * guidance.spread,
+            cov=np.broadcast_to(np.array([1, 0, 1], np.float32), guidance.cov.shape).copy(),
+        )
         spread = guidance.spread.copy()
         spread[:, :, 2] += np.array([400.0, 0.0, 400.0], np.float32)
         pulls = []
@@ -263,7 +267,12 @@ def test_an_interrupted_cache_goes_on(
     second.unlink()
     asked: list[int] = []
     sample = data.sample
-    monkeypatch.setattr(data, "sample", lambda i: (asked.append(i), sample(i))[1])
+
+    def asking(index: int) -> TrainingSample:
+        asked.append(index)
+        return sample(index)
+
+    monkeypatch.setattr(data, "sample", asking)
     open_cache(folder, ensemble, data, 2 * SHARD, **CACHE, progress=False)  # type: ignore[arg-type]
     assert min(asked) == SHARD and len(asked) == SHARD
     for name, array in np.load(second).items():
