@@ -86,8 +86,9 @@ def test_the_wheel_holds_programs_models_and_everything_shared(wheel: zipfile.Zi
     assert "share/ukd_ros/package.xml" in data
     for folder in ("launch", "config", "rviz", "models"):
         for path in (repo_root / folder).rglob("*"):
-            if path.is_file() and "__pycache__" not in path.parts:
+            if path.is_file() and not {"__pycache__", "teachers"} & set(path.parts):
                 assert f"share/ukd_ros/{path.relative_to(repo_root).as_posix()}" in data
+    assert not any("/teachers/" in name for name in data), "teachers are for those who train, not for robots"
     assert "ukd_ros/py.typed" in names
     assert not any(name.startswith(("test/", "benchmarks/", "tools/")) for name in names)
 
