@@ -44,6 +44,18 @@ def gmac(network: Any, side: int) -> float:
     return total / 1e9
 
 
+def settled(network: Any) -> Any:
+    """Return an untrained network whose batch norms have seen a batch: else its activations grow with every layer."""
+    import torch
+
+    norms = [m for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    with torch.inference_mode():
+        network.train()(255 * torch.rand(8, 3, SIZE, SIZE))
+    return network.eval()
+
+
 def training_rate(network: Any, seconds: float) -> float:
     """Return windows a second through forward and backward on one thread."""
     import torch
@@ -117,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     runs: dict[str, Any] = {}
     for architecture, factor in NETWORKS:
         label = architecture if factor == 1.0 else f"{architecture} x {factor:g}"
-        network = KeypointNetwork(NetworkConfig(architecture, names, KEYPOINTS, factor)).eval()
+        network = settled(KeypointNetwork(NetworkConfig(architecture, names, KEYPOINTS, factor)))
         with tempfile.TemporaryDirectory() as folder:
             graphs = ExportOptions(locate_width=SIZE, locate_height=SIZE, zoom_size=SIZE)
             bundle = export_model(network, models, Path(folder) / "model", graphs).bundle

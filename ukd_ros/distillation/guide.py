@@ -54,7 +54,9 @@ class GuideOptions:
     planned_features: float = 2.0
     project: bool = True
     align: AlignOptions = field(
-        default_factory=lambda: AlignOptions(TransportOptions(blur=2e-2, reach=0.5, iterations=20), weighting=("cost",))
+        default_factory=lambda: AlignOptions(
+            TransportOptions(blur=2e-2, reach=0.5, scaling=0.25, iterations=20), weighting=("cost",)
+        )
     )
 
     def __post_init__(self) -> None:

@@ -232,8 +232,9 @@ def _steps_by_logs(
     C: Tensor, f: Tensor, g: Tensor, a: Tensor, b: Tensor, epsilon: float, rho: float
 ) -> tuple[Tensor, Tensor]:
     """Take one iteration in the log domain."""
-    f = _step(C, g, a, b.log(), epsilon, rho)
-    g = _step(C.transpose(-2, -1), f, b, a.log(), epsilon, rho)
+    scaled = C / epsilon
+    f = _step(scaled, g, a, b.log(), epsilon, rho)
+    g = _step(scaled.transpose(-2, -1), f, b, a.log(), epsilon, rho)
     return _shifted(f, g, a, b, rho)
 
 
@@ -243,9 +244,9 @@ def _stages(largest: float, options: TransportOptions) -> list[float]:
     return [largest * options.scaling ** (2 * k) for k in range(steps)] + [options.epsilon]
 
 
-def _step(C: Tensor, other: Tensor, mass: Tensor, log_other: Tensor, epsilon: float, rho: float) -> Tensor:
-    """Return the potential of one side that is best for the other's."""
-    soft = -epsilon * torch.logsumexp(log_other[..., None, :] + (other[..., None, :] - C) / epsilon, dim=-1)
+def _step(scaled: Tensor, other: Tensor, mass: Tensor, log_other: Tensor, epsilon: float, rho: float) -> Tensor:
+    """Return the potential of one side that is best for the other's; `scaled` is C/ε."""
+    soft = -epsilon * torch.logsumexp((log_other + other / epsilon)[..., None, :] - scaled, dim=-1)
     damped = soft if math.isinf(rho) else soft * (rho / (rho + epsilon))
     return torch.where((mass > 0) & torch.isfinite(damped), damped, torch.zeros_like(damped))
 
