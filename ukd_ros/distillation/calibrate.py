@@ -45,15 +45,14 @@ from ukd_ros.distillation.error_model import (
     cover,
     cross_fit,
 )
-from ukd_ros.distillation.pose_check import PoseCheck, pose_check
+from ukd_ros.distillation.pose_check import PoseCheck
 from ukd_ros.distillation.recalibrate import Recalibration, recalibrate
 from ukd_ros.distillation.reliability import draw_reliability
+from ukd_ros.distillation.solved_poses import solve_poses
 from ukd_ros.geometry.arrays import FloatArray
 from ukd_ros.geometry.camera import Camera
-from ukd_ros.geometry.estimate import Rejection
 from ukd_ros.geometry.object_model import ObjectModel
 from ukd_ros.geometry.pose import Pose
-from ukd_ros.geometry.symmetry import without_free_turns
 from ukd_ros.geometry.view import LabelledView
 from ukd_ros.perception.bundle import find_model, load_bundle, update_calibration
 from ukd_ros.perception.estimator import EstimatorOptions, PoseEstimator
@@ -505,27 +504,10 @@ def check_poses(
     Returns the check, the NEES [m] per part, the fold [m] and the view [m] of the poses that were not rejected.
     ValueError when none was solved.
     """
-    deltas, covs, known, free, folds, seen = [], [], [], [], [], []
-    rejected: Counter[str] = Counter()
-    for item, fold in zip(matches, fit.fold, strict=True):
-        answer = estimator.solve(item.camera, recalibrated(item.instance, fit.by_fold[int(fold)]))
-        if isinstance(answer, Rejection):
-            rejected[answer.reason.value] += 1
-            continue
-        deltas.append(item.truth.minus(answer.T_camera_object))
-        covs.append(answer.cov)
-        symmetries = estimator.objects[item.instance.class_index].symmetries
-        known.append(without_free_turns(answer.cov, answer.T_camera_object, symmetries))
-        free.append(len(symmetries.continuous))
-        folds.append(fold)
-        seen.append(item.view)
-    if not deltas:
-        raise ValueError(
-            f"No pose was solved from {len(matches)} matched instances ({dict(rejected)}): the student is too unsure "
-            "to be calibrated, train it longer."
-        )
-    check, squares = pose_check(np.array(deltas), np.array(covs), dict(rejected), free, np.array(known))
-    return check, squares, np.array(folds), np.array(seen)
+    instances = [recalibrated(m.instance, fit.by_fold[int(f)]) for m, f in zip(matches, fit.fold, strict=True)]
+    found = solve_poses(estimator, matches, instances)
+    views = np.array([item.view for item in matches])
+    return found.check, found.squares, np.asarray(fit.fold)[found.kept], views[found.kept]
 
 
 def write_report(report: CalibrationReport, out: Path) -> None:

@@ -8,7 +8,6 @@ as a whole is too small or too large *there*.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -18,11 +17,10 @@ import numpy.typing as npt
 
 from ukd_ros.distillation.conformal import block_quantile, conformal_radius, effective_size, highest_level
 from ukd_ros.distillation.corrections import Match
-from ukd_ros.distillation.pose_check import PoseCheck, pose_check
+from ukd_ros.distillation.pose_check import PoseCheck
+from ukd_ros.distillation.solved_poses import SolvedPoses, solve_poses
 from ukd_ros.geometry.arrays import FloatArray
 from ukd_ros.geometry.chi_square import chi2_quantile
-from ukd_ros.geometry.estimate import Rejection
-from ukd_ros.geometry.symmetry import without_free_turns
 from ukd_ros.perception.estimator import PoseEstimator
 from ukd_ros.perception.votes import Calibration
 
@@ -88,21 +86,21 @@ def recalibrate(
     if old.instances == 0:
         raise ValueError("recalibrating needs a model that was calibrated on renders first: run ukd calibrate on them.")
     places = np.array([blocks[item.view] for item in matches], dtype=np.int64)
-    before = _solved(estimator, matches, places, np.ones(len(matches)))
-    seen = np.unique(before.block)
-    if len(before.block) < LEAST_POSES or len(seen) < 2:
+    before, block = _solved(estimator, matches, places, np.ones(len(matches)))
+    seen = np.unique(block)
+    if len(block) < LEAST_POSES or len(seen) < 2:
         raise ValueError(
-            f"only {len(before.block)} poses in {len(seen)} blocks were solved from {len(matches)} matched instances "
+            f"only {len(block)} poses in {len(seen)} blocks were solved from {len(matches)} matched instances "
             f"({before.check.rejected}): recalibrating needs {LEAST_POSES} poses in two blocks; label more frames."
         )
     # the solver weighs and refuses by the covariance, so every factor is judged on poses that were solved with it
     squares = before.squares["pose"]
-    factor = scale_factor(squares, before.block)
-    others = np.array([_without(squares, before.block, int(place), factor) for place in places])
-    after = _solved(estimator, matches, places, others)
-    final = _solved(estimator, matches, places, np.full(len(matches), factor))
-    reached = min(level, highest_level(len(np.unique(final.block))))
-    radius = conformal_radius(final.squares["pose"], final.block, reached)
+    factor = scale_factor(squares, block)
+    others = np.array([_without(squares, block, int(place), factor) for place in places])
+    after, _ = _solved(estimator, matches, places, others)
+    final, final_block = _solved(estimator, matches, places, np.full(len(matches), factor))
+    reached = min(level, highest_level(len(np.unique(final_block))))
+    radius = conformal_radius(final.squares["pose"], final_block, reached)
     new = replace(
         old,
         block_factor=old.block_factor * factor,
@@ -110,46 +108,20 @@ def recalibrate(
         conformal_level=reached,
         conformal_radius=radius,
     )
-    inside = squares <= block_quantile(squares, before.block, 0.8)
-    size = effective_size(inside, before.block)
-    return Recalibration(factor, reached, radius, len(before.block), len(seen), size, before.check, after.check, new)
-
-
-@dataclass(frozen=True, eq=False)
-class _Solved:
-    """Poses solved with a covariance: their check, NEES per part, and blocks."""
-
-    check: PoseCheck
-    squares: dict[str, FloatArray]
-    block: npt.NDArray[np.int64]
+    size = effective_size(squares <= block_quantile(squares, block, 0.8), block)
+    return Recalibration(factor, reached, radius, len(block), len(seen), size, before.check, after.check, new)
 
 
 def _solved(
     estimator: PoseEstimator, matches: Sequence[Match], places: npt.NDArray[np.int64], factors: FloatArray
-) -> _Solved:
-    """Solve every match with its covariance times a factor of its own; ValueError when none was solved."""
-    deltas, covs, known, free, block = [], [], [], [], []
-    rejected: Counter[str] = Counter()
-    for item, place, factor in zip(matches, places, factors, strict=True):
+) -> tuple[SolvedPoses, npt.NDArray[np.int64]]:
+    """Solve every match with its covariance times a factor of its own; also return the blocks of those solved."""
+    instances = []
+    for item, factor in zip(matches, factors, strict=True):
         points = item.instance.keypoints
-        instance = replace(item.instance, keypoints=replace(points, cov=points.cov * float(factor)))
-        answer = estimator.solve(item.camera, instance)
-        if isinstance(answer, Rejection):
-            rejected[answer.reason.value] += 1
-            continue
-        symmetries = estimator.objects[item.instance.class_index].symmetries
-        deltas.append(item.truth.minus(answer.T_camera_object))
-        covs.append(answer.cov)
-        known.append(without_free_turns(answer.cov, answer.T_camera_object, symmetries))
-        free.append(len(symmetries.continuous))
-        block.append(int(place))
-    if not deltas:
-        raise ValueError(
-            f"no pose was solved from {len(matches)} matched instances ({dict(rejected)}); label more frames, or look "
-            "with ukd evaluate whether the model knows what these show."
-        )
-    check, squares = pose_check(np.array(deltas), np.array(covs), dict(rejected), free, np.array(known))
-    return _Solved(check, squares, np.array(block, dtype=np.int64))
+        instances.append(replace(item.instance, keypoints=replace(points, cov=points.cov * float(factor))))
+    found = solve_poses(estimator, matches, instances)
+    return found, places[found.kept]
 
 
 def _without(squares: FloatArray, block: npt.NDArray[np.int64], place: int, whole: float) -> float:
