@@ -421,7 +421,10 @@ def _find_scenes(root: Path, split: str | None) -> tuple[Path, list[Path]]:
         return root, sorted(p for p in splits[0].iterdir() if _is_scene(p))
     if splits:
         raise BopError(f"{root}: has several splits ({', '.join(p.name for p in splits)}); say which one.")
-    raise BopError(f"{root}: is no BOP folder: no split with a scene of digits and rgb/ inside was found.")
+    raise BopError(
+        f"{root}: is no BOP folder: no split with a scene of digits and rgb/ inside was found. Photographs "
+        "alone need SPLIT/000000/rgb/000000.png and so on, and cam_K of each in SPLIT/000000/scene_camera.json."
+    )
 
 
 def _models_folder(root: Path, wanted: str | None) -> Path | None:

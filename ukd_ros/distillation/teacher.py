@@ -176,7 +176,9 @@ def _require_same(path: Path, taught: Sequence[ObjectModel], wanted: Sequence[Ob
     """Refuse a teacher of other objects or keypoints."""
     names, needed = tuple(m.name for m in taught), tuple(m.name for m in wanted)
     if names != needed:
-        raise TeacherError(f"{path}: knows the objects {', '.join(names)}, but the student learns {', '.join(needed)}")
+        raise TeacherError(
+            f"{path}: knows the objects {', '.join(names)}, but the student learns {', '.join(needed)}; name them in this order with --object"
+        )
     for one, other in zip(taught, wanted, strict=True):
         if one.keypoints_3d.shape != other.keypoints_3d.shape:
             counts = len(one.keypoints_3d), len(other.keypoints_3d)
