@@ -177,7 +177,8 @@ def _require_same(path: Path, taught: Sequence[ObjectModel], wanted: Sequence[Ob
     names, needed = tuple(m.name for m in taught), tuple(m.name for m in wanted)
     if names != needed:
         raise TeacherError(
-            f"{path}: knows the objects {', '.join(names)}, but the student learns {', '.join(needed)}; name them in this order with --object"
+            f"{path}: knows the objects {', '.join(names)}, but the student learns {', '.join(needed)}; give it "
+            "the teacher's objects, in its order, with --object"
         )
     for one, other in zip(taught, wanted, strict=True):
         if one.keypoints_3d.shape != other.keypoints_3d.shape:
