@@ -502,8 +502,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return demo(rest) if command == "demo" else bench(rest)
         options = build_parser().parse_args(words)
         return int(options.run(options))
-    except KeyboardInterrupt:
-        sys.stderr.write("ukd: stopped\n")
+    except KeyboardInterrupt as stop:  # also data.progress.Stopped, which says what is kept
+        sys.stderr.write(f"ukd {command}: {str(stop) or 'stopped'}\n")
         return 130
     except BrokenPipeError:  # `ukd ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

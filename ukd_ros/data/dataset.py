@@ -18,9 +18,9 @@ from typing import Protocol
 import cv2
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from ukd_ros.data.augment import AugmentConfig, augment
+from ukd_ros.data.progress import Bar
 from ukd_ros.geometry.camera import Camera
 from ukd_ros.geometry.object_model import ObjectModel
 from ukd_ros.geometry.pose import Pose, exp_so3
@@ -160,7 +160,7 @@ class WindowDataset:
         self.seed = seed
         with ThreadPoolExecutor(max_workers=2) as pool:
             loaded = pool.map(lambda i: _load_frame(views.view(i), self.models), range(len(views)))
-            self.frames = list(tqdm(loaded, total=len(views), desc="decoding views", disable=not progress, unit="view"))
+            self.frames = list(Bar(loaded, total=len(views), desc="decoding views", disable=not progress, unit="view"))
         self.anchors = [
             (f, o)
             for f, frame in enumerate(self.frames)

@@ -248,11 +248,11 @@ def _chunks(indices: list[int]) -> Iterator[list[int]]:
 
 
 def _run(arguments: Arguments, missing: list[int], count: int, workers: int, progress: bool) -> None:
-    from tqdm import tqdm
+    from ukd_ros.data.progress import Bar
 
     workers = workers if workers > 0 else (os.cpu_count() or 1)
     workers = min(workers, (len(missing) + CHUNK - 1) // CHUNK)
-    with tqdm(total=count, initial=count - len(missing), unit="image", disable=not progress, smoothing=0.05) as bar:
+    with Bar(total=count, initial=count - len(missing), unit="image", disable=not progress, smoothing=0.05) as bar:
         context = multiprocessing.get_context("spawn")  # a forked OpenGL context is undefined
         with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(arguments,)) as pool:
             try:

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from ukd_ros.data.bop import BopDataset, BopError
 from ukd_ros.data.bop_check import check_bop
 from ukd_ros.data.dataset import LabelledViews
+from ukd_ros.data.progress import Bar
 from ukd_ros.data.whole_files import write_bytes
 from ukd_ros.distillation.conformal import conformal_radius
 from ukd_ros.distillation.corrections import (
@@ -398,7 +398,7 @@ def collect(
     matches: list[Match] = []
     labels = unmatched = 0
     count = len(views) if limit is None else min(limit, len(views))
-    for index in tqdm(range(count), desc="calibrating", unit="view", disable=not progress):
+    for index in Bar(range(count), desc="calibrating", unit="view", disable=not progress):
         view = views.view(index)
         truths = _truths(view, estimator.objects, options)
         labels += sum(sought for _, _, sought in truths)

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from ukd_ros.data.bop import TARGETS_FILE, BopDataset, BopError
 from ukd_ros.data.bop_check import check_bop
+from ukd_ros.data.progress import Bar
 from ukd_ros.distillation.failures import cause_of
 from ukd_ros.distillation.pose_check import pose_check
 from ukd_ros.distillation.protocol import (
@@ -148,7 +148,7 @@ def evaluate_model(
     judge = _Judge(data, bundle.objects, estimator, options)
     run = _run_oracle if options.crops == "oracle" else _run_estimator
     indices = judge.images()
-    for index in tqdm(indices, desc="evaluating", unit="image", disable=not progress):
+    for index in Bar(indices, desc="evaluating", unit="image", disable=not progress):
         run(judge, index)
     report = judge.report(bundle.name, Path(dataset).name, len(indices))
     if out is not None:

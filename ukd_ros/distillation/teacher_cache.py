@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from ukd_ros.data.dataset import TrainingSample, Windows
+from ukd_ros.data.progress import Bar
 from ukd_ros.data.whole_files import write_bytes
 from ukd_ros.distillation.guidance import PADDING, Guidance, teach
 from ukd_ros.distillation.parallel import Processes
@@ -137,7 +137,7 @@ def open_cache(
     features = _claim(folder, mine)
     shards = range((count + SHARD - 1) // SHARD)
     missing = [s for s in shards if not (folder / _shard_name(s)).is_file()]
-    bar = tqdm(
+    bar = Bar(
         total=len(missing) * SHARD,
         desc="asking the teachers",
         unit="window",
@@ -164,7 +164,7 @@ def _make(
     positives: int,
     votes: int,
     features: bool,
-    bar: tqdm,
+    bar: Bar,
 ) -> None:
     """Ask about one shard's windows and write it."""
     parts = []

@@ -15,6 +15,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,11 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ukd_ros.data.bop import BopDataset
 from ukd_ros.data.bop_check import check_bop
 from ukd_ros.data.dataset import WindowConfig, WindowDataset, Windows
+from ukd_ros.data.progress import Bar, Stopped, deferred_interrupt
 from ukd_ros.distillation.assignment import Assignment, assign, object_rows
 from ukd_ros.distillation.batches import Batches, BatchShape, MicroBatch
 from ukd_ros.distillation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -155,7 +156,8 @@ def train(
     `guide`: what teachers add to the loss (`distill`); windows without labels teach by it alone.
     `time_budget_s` stops and checkpoints when the time is up; the schedule does not change, `resume` goes on.
     FileExistsError when `out` holds a run and `resume` is False; ValueError when the run there had another
-    configuration; TrainingDiverged when a loss is not finite.
+    configuration; TrainingDiverged when a loss is not finite; Stopped when it was asked to stop (Ctrl-C, or by who
+    listens to its progress) before its end, after a checkpoint.
     """
     started = time.monotonic()
     processes = Processes.from_environment()
@@ -184,9 +186,12 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     shape = BatchShape(config.batch_size, config.micro_batch, config.positives)
     batches = Batches(data, shape, len(models), keypoints, step, processes)
-    bar = tqdm(
+    bar = Bar(
         total=config.steps, initial=step, desc="training", unit="step", disable=not progress or processes.rank > 0
     )
+    stopped = ""
+    interrupts = ExitStack()
+    interrupted = interrupts.enter_context(deferred_interrupt())
     window: list[dict[str, float]] = []
     tick, tick_step = time.monotonic(), step
     network.train()
@@ -208,7 +213,11 @@ def train(
             norms.update(processes)
             step += 1
             window.append(terms)
-            bar.update()
+            try:
+                bar.update()
+            except Stopped as stop:
+                stopped = str(stop)
+            stopped = stopped or ("interrupted" if interrupted() else "")
             # 3. what people and programs read
             if step % config.log_every == 0 or step == config.steps:
                 record = _record(step, window, config, (step - tick_step) / (time.monotonic() - tick))
@@ -223,7 +232,8 @@ def train(
                     _append(out / "metrics.jsonl", record)
                 bar.set_postfix(loss=f"{record['loss']:.3f}", px=f"{record['error_px']:.2f}")
                 window, tick, tick_step = [], time.monotonic(), step
-            over = processes.any(time_budget_s is not None and time.monotonic() - started > time_budget_s)
+            late = time_budget_s is not None and time.monotonic() - started > time_budget_s
+            over = processes.any(late or bool(stopped))
             newest = step % config.checkpoint_every == 0 or step == config.steps or over
             kept = config.keep_every > 0 and step % config.keep_every == 0
             if newest or kept:
@@ -241,8 +251,11 @@ def train(
             if step == config.steps or over:
                 break
     finally:
+        interrupts.close()
         batches.close()
         bar.close()
+    if stopped and step < config.steps:
+        raise Stopped(f"{path}: {stopped} at step {step} of {config.steps}, which is kept; go on with --resume")
     return TrainResult(step, step >= config.steps, path)
 
 
@@ -289,7 +302,7 @@ def open_folders(
     `seed` of the windows (default: the run's).
     BopError or ValueError when a folder, its masks or an object is missing or a folder is faulty.
     """
-    tqdm.monitor_interval = 0  # its thread would not survive the fork of an ensemble
+    Bar.monitor_interval = 0  # its thread would not survive the fork of an ensemble
     folders, models = object_models(config, datasets, objects)
     ids = [folders[0].object_id(model.name) for model in models]
     for folder in [*folders, *([BopDataset(held_out)] if held_out else [])]:

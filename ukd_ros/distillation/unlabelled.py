@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from ukd_ros.data.bop import BopDataset
 from ukd_ros.data.bop_check import check_bop
 from ukd_ros.data.dataset import UnlabelledWindows, WindowConfig
+from ukd_ros.data.progress import Bar
 from ukd_ros.distillation.guidance import seen
 from ukd_ros.distillation.teacher import Ensemble
 from ukd_ros.geometry.arrays import FloatArray
@@ -34,7 +34,7 @@ def propose(
     step = STRIDES[-1]
     width = -(-locate_width // step) * step
     boxes: list[tuple[int, FloatArray]] = []
-    for number, view in enumerate(tqdm(views, desc="looking for objects", unit="view", disable=not progress)):
+    for number, view in enumerate(Bar(views, desc="looking for objects", unit="view", disable=not progress)):
         camera = view.camera
         height = -(-round(width * camera.height / camera.width) // step) * step
         crop = letterbox((camera.width, camera.height), (width, height))
@@ -60,7 +60,7 @@ def open_unlabelled(
     for folder in folders:
         data = BopDataset(folder)
         check_bop(data, objects=())
-        for index in tqdm(range(len(data)), desc=f"reading {folder.name}", unit="view", disable=not progress):
+        for index in Bar(range(len(data)), desc=f"reading {folder.name}", unit="view", disable=not progress):
             image = data.image(index)
             views.append(View(image, data.camera(index, (int(image.shape[1]), int(image.shape[0])))))
     boxes = propose(ensemble, views, config.locate_width, progress)
