@@ -19,7 +19,9 @@ def shared(folder, without=()):
 
 
 ONNXRUNTIME = ["onnxruntime>=1.15"]
-DEMO = ["rosbags>=0.10.10"]  # the demo runs on OpenCV alone, and faster with onnxruntime
+# lz4 and zstd come with rosbags; named because the chunks of bags are unpacked here, within limits.
+BAGS = ["rosbags>=0.11", "lz4>=4.0", 'backports.zstd>=1.0; python_version < "3.14"']
+DEMO = [*BAGS]  # the demo runs on OpenCV alone, and faster with onnxruntime
 TRAIN = [
     *ONNXRUNTIME,
     "torch>=2.2",
@@ -33,7 +35,7 @@ TRAIN = [
     "moderngl>=5.8",
     "trimesh>=4.0",
     "pillow>=9.0",
-    "rosbags>=0.10.10",
+    *BAGS,
 ]
 # ROS 2 Jazzy as wheels, for machines without a ROS 2 installation (x86-64 Linux, CPython 3.10 to 3.13).
 ROS_WHEELS = [
@@ -77,6 +79,7 @@ setup(
     entry_points={
         "console_scripts": [
             "pose_node = ukd_ros.ros.pose_node:main",
+            "distill_node = ukd_ros.ros.distill_node:main",
             "ukd = ukd_ros.cli:main",
         ],
     },

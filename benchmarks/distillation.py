@@ -12,10 +12,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import multiprocessing
 import os
-import re
 import sys
 import tempfile
 import time
@@ -29,20 +27,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 
 from _measuring import machine, write  # noqa: E402
+from _students import as_table, draw, measured, numbers, summarised  # noqa: E402
 from scaling import OPEN, _renamed  # noqa: E402
-
-COLUMNS = {
-    "add": "ADD(-S)-0.1d %",
-    "auc": "AUC %",
-    "mspd": "AR MSPD %",
-    "px": "keypoints px",
-    "kp_nll": "keypoint NLL",
-    "pose_nll": "pose NLL",
-    "nees": "NEES",
-    "coverage": "95 % coverage",
-    "sharpness": "predicted sigma z, mm",
-}
-HIGHER = ("add", "auc", "mspd")
 
 
 @dataclass(frozen=True)
@@ -81,16 +67,6 @@ class Table:
         """Refuse a table without the row that all are compared with."""
         if not any(row.plain for row in self.rows.values()):
             raise ValueError("rows: one must be plain, the student without teachers that the others are compared with.")
-
-
-def _measured(text: str) -> tuple[str, Path, tuple[int, int] | None, str]:
-    """Return name, folder, image ids and crops of NAME=DIR[:FIRST-LAST][@oracle]."""
-    found = re.fullmatch(r"(\w+)=(.+?)(?::(\d+)-(\d+))?(@oracle)?", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=DIR, NAME=DIR:FIRST-LAST or either with @oracle")
-    name, folder, first, last, oracle = found.groups()
-    ids = None if first is None else (int(first), int(last))
-    return name, Path(folder), ids, "oracle" if oracle else "estimator"
 
 
 def corruption(row: Row, names: Sequence[str]) -> Callable[[Any, Sequence[int]], Any] | None:
@@ -226,94 +202,8 @@ class Bench:
                 gates = EstimatorOptions(**OPEN)
                 settings = EvaluationOptions(ids=ids, crops=crops, estimator=gates)
                 report = evaluate_model(student, data, settings, names=dict(o.name))
-                found[name] = _numbers(report)
+                found[name] = numbers(report)
         return found
-
-
-def _numbers(report: Any) -> dict[str, float | None]:
-    """Return the columns of one evaluation."""
-    score, joint, points = report.overall, report.checks.get("joint"), report.keypoints
-    found: dict[str, float | None] = {
-        "targets": score.targets,
-        "add": 100 * score.add_recall,
-        "auc": 100 * score.add_auc,
-        "mspd": 100 * score.ar_mspd,
-        "px": score.keypoint_px,
-        "detection": 100 * score.detection_rate,
-        "kp_nll": None if points is None else points.nll,
-    }
-    if joint is not None:
-        found |= {"pose_nll": joint.nll, "nees": joint.nees, "coverage": 100 * joint.coverage["pose"][0.95]}
-        found["sharpness"] = joint.sigma_z_mm
-    return found
-
-
-def summarised(rows: list[dict[str, Any]], plain: str, data: str) -> list[dict[str, Any]]:
-    """Return per row the mean of every column, its standard error, and the paired difference to the plain row.
-
-    Differences are between students of the same seed; the interval is ±1 standard error of their mean.
-    """
-    base = {r["seed"]: r[data] for r in rows if r["row"] == plain}
-    out = []
-    for name in dict.fromkeys(r["row"] for r in rows):
-        mine = [r for r in rows if r["row"] == name]
-        entry: dict[str, Any] = {"row": name, "seeds": len(mine)}
-        for column in COLUMNS:
-            values = np.array([_value(r[data], column) for r in mine])
-            paired = [_value(r[data], column) - _value(base[r["seed"]], column) for r in mine if r["seed"] in base]
-            entry[column] = [*_mean(values), *_mean(np.array(paired))]
-        out.append(entry)
-    return out
-
-
-def _value(numbers: dict[str, Any], column: str) -> float:
-    value = numbers.get(column)
-    return math.nan if value is None else float(value)
-
-
-def _mean(values: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float]:
-    """Return mean and standard error (NaN for one value)."""
-    if len(values) == 0:
-        return math.nan, math.nan
-    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
-    return float(values.mean()), error
-
-
-def as_table(entries: list[dict[str, Any]]) -> str:
-    """Return the summary as Markdown: mean ± standard error (difference to the plain student ± its error)."""
-    lines = ["| row | seeds | " + " | ".join(COLUMNS.values()) + " |", "|" + "---|" * (len(COLUMNS) + 2)]
-    for entry in entries:
-        cells = [entry["row"], str(entry["seeds"])]
-        for column in COLUMNS:
-            mean, error, difference, uncertainty = entry[column]
-            text = f"{mean:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
-            if not math.isnan(difference) and difference != 0.0:
-                text += f" ({difference:+.2f}" + ("" if math.isnan(uncertainty) else f" ± {uncertainty:.2f}") + ")"
-            cells.append(text)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def draw(entries: list[dict[str, Any]], title: str, out: Path) -> None:
-    """Draw the paired differences of three columns, a bar per row."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    shown = ("auc", "mspd", "kp_nll")
-    figure = Figure(figsize=(13, 0.5 + 0.32 * len(entries)), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(shown), sharey=True)
-    names = [entry["row"] for entry in entries][::-1]
-    for panel, column in zip(panels, shown, strict=True):
-        values = np.array([entry[column][2] for entry in entries][::-1])
-        errors = np.nan_to_num(np.array([entry[column][3] for entry in entries][::-1]))
-        better = values > 0 if column in HIGHER else values < 0
-        panel.barh(names, values, xerr=errors, color=np.where(better, "tab:green", "tab:red"), alpha=0.8)
-        panel.axvline(0.0, color="black", linewidth=0.8)
-        panel.set_title(f"{COLUMNS[column]}: difference to undistilled")
-        panel.grid(alpha=0.3, axis="x")
-    figure.suptitle(title)
-    figure.savefig(out, dpi=80)
 
 
 def _fork(bench: Bench, wanted: list[tuple[str, int]], workers: int) -> None:
@@ -357,7 +247,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--calibrate", type=Path, required=True, help="labelled data that no run sees")
     parser.add_argument("--calibrate-limit", type=int, default=80, help="images of it (default %(default)s)")
     parser.add_argument(
-        "--data", type=_measured, action="append", required=True, metavar="NAME=DIR[:FIRST-LAST][@oracle]"
+        "--data", type=measured, action="append", required=True, metavar="NAME=DIR[:FIRST-LAST][@oracle]"
     )
     parser.add_argument("--name", type=_renamed, action="append", default=[], metavar="ID=NAME")
     words = "settings over those that all rows share"

@@ -26,7 +26,7 @@ ROOMS: dict[str, set[str]] = {
 }
 
 EXCEPTIONS = {
-    # the demo plays and records bags; distill_node, once there is one, alone imports the teachers' room
+    # the demo plays and records bags; distill_node alone imports the teachers' room
     "ros/demo.py": {"data"},
     "ros/demo_listener.py": {"data"},
     "ros/demo_player.py": {"data"},
@@ -48,7 +48,9 @@ PLACES = {
     "moderngl": ("data/renderer.py",),
     "trimesh": ("data/meshes.py",),
     "PIL": ("data/meshes.py", "data/bop_check.py"),
-    "rosbags": ("data/bags.py",),
+    "rosbags": ("data/bags.py", "data/bag_ros1.py", "data/bag_types.py"),
+    "lz4": ("data/bag_compression.py",),
+    "backports": ("data/bag_compression.py",),
     "cv2": ("perception/", "data/", "distillation/", "ros/"),
     "rclpy": ("ros/",),
     "cv_bridge": ("ros/interop.py",),

@@ -26,7 +26,7 @@ PASSED_ON = ("demo", "bench")
 
 EXTRAS = {
     "train": ("torch", "ot", "onnx", "onnxslim", "safetensors", "scipy", "matplotlib", "tqdm", "moderngl", "trimesh"),
-    "demo": ("rosbags",),
+    "demo": ("rosbags", "lz4", "backports"),
     "onnxruntime": ("onnxruntime",),
 }
 
@@ -126,6 +126,8 @@ def distill(options: argparse.Namespace) -> int:
     """Train a student beside an ensemble of teachers."""
     from ukd_ros.distillation.distill import DistillConfig, distill_on_folders
 
+    if options.bag:
+        return _distill_bags(options)
     config = load_config(DistillConfig, options.config, options.set)
     if options.settings:
         return _show(config)
@@ -147,6 +149,30 @@ def distill(options: argparse.Namespace) -> int:
         print(f"distilled {result.step} steps; next: ukd export --checkpoint {result.checkpoint} --out models/NAME")
     else:
         print(f"stopped at step {result.step} of {config.steps}; go on with --resume")
+    return 0
+
+
+def _distill_bags(options: argparse.Namespace) -> int:
+    from ukd_ros.distillation.from_bags import FromBagsConfig, distill_from_bags
+
+    config = load_config(FromBagsConfig, options.config, options.set)
+    if options.settings:
+        return _show(config)
+    _needs(options, "teacher", "out")
+    if options.unlabelled or options.cache:
+        raise UsageError("--unlabelled and --cache are for folders; with --bag everything is kept under --out")
+    result = distill_from_bags(
+        config,
+        options.bag,
+        options.teacher,
+        options.out,
+        renders=options.dataset,
+        held_out=options.held_out,
+        objects=options.object,
+        time_budget_s=options.time_budget,
+        progress=not options.quiet,
+    )
+    print(f"{result.summary}\n{result.report}: pictures and tables\n{result.launch}")
     return 0
 
 
@@ -263,6 +289,57 @@ def infer(options: argparse.Namespace) -> int:
     return 0
 
 
+def bag(options: argparse.Namespace) -> int:
+    """Say what bags hold, or write their frames as a BOP-format folder."""
+    from ukd_ros.data.bag_frames import BagOptions, bags_to_bop
+    from ukd_ros.data.bag_info import bag_info
+
+    config = load_config(BagOptions, options.config, options.set)
+    if options.settings:
+        return _show(config)
+    if not options.bag:
+        raise UsageError(f"no bag is named; see ukd {options.command} --help")
+    if options.action == "info":
+        for path in options.bag:
+            print(bag_info(path, config).text())
+        return 0
+    _needs(options, "out")
+    names = {name: number for number, name in options.name} or None
+    report = bags_to_bop(options.bag, options.out, config, names=names, progress=not options.quiet)
+    print(f"{report.table()}\n{options.out}: a BOP-format folder (report.json for programs)")
+    return 0
+
+
+def new_object(options: argparse.Namespace) -> int:
+    """Make a model of a part from its mesh, in a given time."""
+    from ukd_ros.data.render_dataset import DEMO
+    from ukd_ros.distillation.new_object import NewObjectRequest
+    from ukd_ros.distillation.new_object import new_object as make
+    from ukd_ros.distillation.new_object_stages import NewObjectConfig
+
+    words = [*options.set, *([f"symmetry=[{','.join(map(repr, options.symmetry))}]"] if options.symmetry else [])]
+    config = load_config(NewObjectConfig, options.config, words)
+    if options.settings:
+        return _show(config)
+    _needs(options, "mesh", "name", "budget", *(() if options.mesh == DEMO else ("unit",)))
+    request = NewObjectRequest(
+        options.mesh,
+        options.unit,
+        options.name,
+        options.budget,
+        options.out or Path("models") / options.name,
+        options.work or Path("work") / options.name,
+        tuple(options.bag),
+        options.overwrite,
+    )
+    result = make(config, request, progress=not options.quiet)
+    covered = "nothing answered" if result.coverage is None else f"{result.coverage:.1%} in the 95 % ellipsoid"
+    print(f"{result.model}: ADD-0.1d {result.add_recall:.1%} on held-out renders, {covered}; {result.seconds:.0f} s")
+    print(f"{result.report}: how good it is and what would make it better (the work folder can be deleted)")
+    print(result.launch)
+    return 0
+
+
 def demo(words: list[str]) -> int:
     """Play a bag into the real node and measure its answers."""
     from ukd_ros.ros.demo import main as run_demo
@@ -307,6 +384,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_calibrate(commands)
     _add_evaluate(commands)
     _add_infer(commands)
+    _add_bag(commands)
+    _add_new_object(commands)
     commands.add_parser("demo", help="play a bag into the real node and measure its answers", add_help=False)
     commands.add_parser("bench", help="run a benchmark (from a checkout)", add_help=False)
     return parser
@@ -367,6 +446,8 @@ def _add_distill(commands: Any) -> None:
     words = "a teacher's run or file, or a folder of several, such as that of ukd train --ensemble; again for more"
     add("--teacher", action="append", default=[], type=Path, metavar="RUN", help=words)
     _add_training(parser)
+    words = "rosbag to learn from without labels; again for more; the same call goes on where it stopped"
+    add("--bag", action="append", default=[], type=Path, metavar="BAG", help=words)
     words = "BOP-format folder whose labels, if any, are not read; again for more"
     add("--unlabelled", action="append", default=[], type=Path, metavar="DIR", help=words)
     add("--cache", type=Path, metavar="DIR", help="where the teachers' answers are kept (default OUT/teachers)")
@@ -424,6 +505,30 @@ def _add_infer(commands: Any) -> None:
     for name in ("fx", "fy", "cx", "cy"):
         add(f"--{name}", type=float, metavar="PX", help=argparse.SUPPRESS if name != "fx" else "fx, fy, cx, cy instead")
     add("--out", type=Path, default=Path("infer_out"), metavar="DIR", help="pictures and JSON (default %(default)s)")
+
+
+def _add_bag(commands: Any) -> None:
+    parser = _command(commands, "bag", bag, "say what rosbags hold, or take their frames as a BOP-format folder")
+    add = parser.add_argument
+    add("action", choices=("info", "to-bop"), help="what to do with them")
+    add("bag", nargs="*", type=Path, metavar="BAG", help="folder of rosbag2, or an .mcap, .db3 or .bag file")
+    add("--out", type=Path, metavar="DIR", help="the folder of to-bop; an interrupted one is continued")
+    words = "BOP id of a labelled object; again for more (default: numbered by the alphabet)"
+    add("--name", action="append", default=[], type=_object_name, metavar="ID=NAME", help=words)
+
+
+def _add_new_object(commands: Any) -> None:
+    parser = _command(commands, "new-object", new_object, "make a model of a part from its mesh, in a given time")
+    add = parser.add_argument
+    add("--mesh", metavar="FILE", help=".ply, .obj or .stl; or demo")
+    add("--unit", choices=("mm", "cm", "m"), help="unit of the mesh file")
+    add("--name", help="the part's and the model's name: letters, digits and underscores")
+    add("--bag", action="append", default=[], type=Path, metavar="BAG", help="rosbag of it, without labels; from 1h on")
+    add("--budget", type=_duration, metavar="20m", help="it ends in this time: 5m or more; from 1h on with teachers")
+    add("--symmetry", action="append", default=[], metavar="z:180", help="a turn that nobody can tell (z: any about z)")
+    add("--out", type=Path, metavar="DIR", help="the model's folder (default models/NAME)")
+    add("--work", type=Path, metavar="DIR", help="renders, checkpoints and the report (default work/NAME)")
+    add("--overwrite", action="store_true", help="replace a model that is there")
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

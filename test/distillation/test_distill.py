@@ -343,7 +343,7 @@ def test_resuming_gives_the_numbers_of_an_unbroken_run(data: WindowDataset, ense
 def test_windows_without_labels_teach_by_the_teachers_alone(
     data: WindowDataset, unlabelled: UnlabelledWindows, ensemble: Ensemble, tmp_path: Path
 ) -> None:
-    mixed = MixedWindows(data, unlabelled, 0.5, 0)
+    mixed = MixedWindows(data, [(unlabelled, 0.5)], 0)
     drawn = [mixed.sample(i).labelled for i in range(16)]
     assert 3 <= sum(drawn) <= 13 and drawn == [mixed.sample(i).labelled for i in range(16)]
     assert mixed.fingerprint() != data.fingerprint()
@@ -449,7 +449,7 @@ def test_nothing_in_a_shard_is_believed(
     name: str, spoil: Any, said: str, data: WindowDataset, ensemble: Ensemble, tmp_path: Path
 ) -> None:
     cache = open_cache(tmp_path, ensemble, data, 4, **CACHE, progress=False)  # type: ignore[arg-type]
-    path = tmp_path / "shard-00000.npz"
+    path = tmp_path / "shard-00000-4.npz"
     arrays = dict(np.load(path))
     np.savez(path, **{**arrays, name: spoil(arrays[name])})
     with pytest.raises(CacheError, match=said):

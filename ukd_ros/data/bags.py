@@ -3,7 +3,7 @@
 
 A bag written here is an rosbag2 folder (mcap) with ``<camera>/image/compressed``, ``<camera>/camera_info`` and, for
 each labelled object, ``/truth/<object>/pose``: what ``ros2 bag play``, Foxglove and this package's demo read. Only
-message types that are known here are deserialised, by definitions from the rosbags library: a bag's own are never used.
+message types that are known here are deserialised (`bag_types`): a bag's own definitions are never used.
 """
 
 from __future__ import annotations
@@ -11,89 +11,107 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 from rosbags.interfaces import Connection
-from rosbags.rosbag1 import Reader as Reader1
-from rosbags.rosbag1 import ReaderError as ReaderError1
-from rosbags.rosbag2 import Reader as Reader2
-from rosbags.rosbag2 import ReaderError as ReaderError2
 from rosbags.rosbag2 import StoragePlugin, Writer, WriterError
-from rosbags.serde import SerdeError
-from rosbags.typesys import Stores, get_typestore
-from rosbags.typesys.store import Typestore
 
+from ukd_ros.data.bag_compression import unpack_file
+from ukd_ros.data.bag_folder import compare, find_files, shown
+from ukd_ros.data.bag_mcap import McapFile
+from ukd_ros.data.bag_ros1 import Ros1File
+from ukd_ros.data.bag_sqlite import SqliteFile
+from ukd_ros.data.bag_storage import BagError as BagError
+from ukd_ros.data.bag_storage import BrokenMessage, Channel, IntArray, Storage
+from ukd_ros.data.bag_types import IMAGE_TYPES as IMAGE_TYPES
+from ukd_ros.data.bag_types import INFO_TYPE as INFO_TYPE
+from ukd_ros.data.bag_types import POSE_TYPE as POSE_TYPE
+from ukd_ros.data.bag_types import BagMessage as BagMessage
+from ukd_ros.data.bag_types import store, unpacked_message
 from ukd_ros.geometry.camera import Camera, DistortionModel
 from ukd_ros.geometry.pose import Pose
 from ukd_ros.geometry.view import LabelledView, View
 from ukd_ros.perception.images import CameraInfoError, ImageError, view_from_messages
 
-IMAGE_TYPES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
-INFO_TYPE = "sensor_msgs/msg/CameraInfo"
-POSE_TYPE = "geometry_msgs/msg/PoseStamped"
 TRUTH_PREFIX = "/truth/"
 JPEG_QUALITY = 90
 BAG_VERSION: Literal[8] = 8
 """Of the rosbag2 metadata; Humble's own tools read mcap bags of it too."""
 
 
-class BagError(RuntimeError):
-    """A bag that cannot be read or written; the text names it."""
+STORAGES: dict[str, Callable[[Path], Storage]] = {".mcap": McapFile, ".db3": SqliteFile, ".bag": Ros1File}
 
 
-@dataclass(frozen=True)
-class BagMessage:
-    """One message: its topic, type, the time at which it was recorded (ns), and its serialised bytes."""
+class Entry(NamedTuple):
+    """Where one message is: what `BagReader.read` takes. `time_ns` is when it was recorded."""
 
-    topic: str
-    kind: str
     time_ns: int
-    data: bytes
-    ros1: bool = False
-
-    def decoded(self) -> Any:
-        """Return the message with the attributes of its ROS definition; BagError for bytes that are no such message."""
-        store = _store(self.ros1)
-        if self.kind not in store.types:
-            raise BagError(f"{self.topic}: messages of type {self.kind} are not understood here.")
-        try:
-            read = store.deserialize_ros1 if self.ros1 else store.deserialize_cdr
-            return read(self.data, self.kind)
-        except (SerdeError, ValueError, IndexError, AssertionError, UnicodeDecodeError) as error:
-            raise BagError(f"{self.topic}: {len(self.data)} bytes are no {self.kind}: {error}") from error
+    file: int
+    channel: int
+    first: int
+    second: int
 
 
-_stores: dict[bool, Typestore] = {}
+@dataclass(frozen=True, eq=False)
+class BagIndex:
+    """Where the messages of some topics are, without having read one, in the order in which they were recorded.
 
+    times_ns [n]: when each was recorded. rows [n, 4]: the file, the channel in it, and two numbers of its own.
+    """
 
-def _store(ros1: bool) -> Typestore:
-    if ros1 not in _stores:
-        _stores[ros1] = get_typestore(Stores.ROS1_NOETIC if ros1 else Stores.ROS2_JAZZY)
-    return _stores[ros1]
+    times_ns: IntArray
+    rows: IntArray
+
+    def __len__(self) -> int:
+        """Return the number of messages."""
+        return len(self.times_ns)
+
+    def __getitem__(self, number: int) -> Entry:
+        """Return message `number` in the order of recording."""
+        return Entry(int(self.times_ns[number]), *(int(value) for value in self.rows[number]))
+
+    def by_time(self) -> BagIndex:
+        """Return the same messages in order of time; equal times stay as recorded."""
+        order = np.argsort(self.times_ns, kind="stable")
+        return BagIndex(self.times_ns[order], self.rows[order])
 
 
 class BagReader:
-    """A bag being read: an rosbag2 folder, a lone .mcap or .db3 file, or a .bag file of ROS 1.
+    """A bag being read: an rosbag2 folder, a lone .mcap or .db3 file (also .zstd), or a .bag file of ROS 1.
 
-    Messages are streamed in the order of their time; a bag larger than the memory is no problem.
+    Messages are streamed in the order of their time; a bag larger than the memory is no problem. What is broken is a
+    BagError, or with `partial` what is whole is read and `damage`, `lost_bytes` and `broken` say what is not.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, partial: bool = False) -> None:
         """Open the bag at ``path``; BagError says why it cannot be."""
         self.path = Path(path)
-        self._ros1 = self.path.suffix == ".bag"
+        self.partial = partial
+        self.broken: Counter[str] = Counter()
+        found = find_files(self.path)
+        self.warnings = list(found.warnings)
+        self._claims = found.claims
+        self._files: list[Storage] = []
+        self._unreadable: list[tuple[str, int]] = []
+        self._unpacked: tempfile.TemporaryDirectory[str] | None = None
         try:
-            self._reader: Any = Reader1(self.path) if self._ros1 else Reader2(self.path)
-            self._reader.open()
-        except (ReaderError1, ReaderError2, OSError, ValueError) as error:
-            raise BagError(f"{self.path}: this bag cannot be read: {error}") from error
+            for file in found.files:
+                self._open(file)
+            if not self._files:
+                raise BagError(f"{self.path}: this bag cannot be read: {'; '.join(self.damage)}")
+            self._refuse_damage()
+        except BaseException:
+            self.close()
+            raise
+        self._channels = [{channel.number: channel for channel in file.channels} for file in self._files]
 
     def __enter__(self) -> BagReader:
         """Return the open bag."""
@@ -103,28 +121,89 @@ class BagReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close it."""
-        self._reader.close()
+        self.close()
+
+    def close(self) -> None:
+        """Close its files and remove what was unpacked."""
+        while self._files:
+            self._files.pop().close()
+        if self._unpacked is not None:
+            self._unpacked.cleanup()
 
     @property
     def topics(self) -> dict[str, str]:
-        """Return topic -> message type."""
-        return {connection.topic: connection.msgtype for connection in self._reader.connections}
+        """Return topic -> message type; a serialisation that is not ROS' own stands behind the type."""
+        return {c.topic: _kind(c) for channels in reversed(self._channels) for c in reversed(channels.values())}
 
     @property
     def counts(self) -> dict[str, int]:
-        """Return topic -> number of messages."""
-        return {connection.topic: int(connection.msgcount) for connection in self._reader.connections}
+        """Return topic -> number of messages, as counted, not as claimed."""
+        counts: Counter[str] = Counter()
+        for channels in self._channels:
+            for channel in channels.values():
+                counts[channel.topic] += channel.count
+        return dict(counts)
+
+    @property
+    def size(self) -> int:
+        """Return the size of its files, bytes."""
+        return sum(file.size for file in self._files) + sum(size for _, size in self._unreadable)
+
+    @property
+    def damage(self) -> list[str]:
+        """Return what was found broken so far, in words."""
+        out = [reason for reason, _ in self._unreadable]
+        return out + [f"{file.path.name}: {reason}" for file in self._files for reason in file.damage.reasons]
+
+    @property
+    def lost_bytes(self) -> int:
+        """Return how many bytes of the files could not be read, as far as is known by now."""
+        return sum(file.damage.lost_bytes for file in self._files) + sum(size for _, size in self._unreadable)
+
+    def index(self, topics: Collection[str] | None = None) -> BagIndex:
+        """Return where the messages of ``topics`` (None: all) are; no message is read for it."""
+        times: list[IntArray] = [np.zeros(0, np.int64)]
+        rows: list[IntArray] = [np.zeros((0, 4), np.int64)]
+        for number, (file, channels) in enumerate(zip(self._files, self._channels, strict=True)):
+            chosen = {c.number for c in channels.values() if topics is None or c.topic in topics}
+            places = file.places(chosen) if chosen else None
+            if places is not None and len(places):
+                times.append(places.times_ns)
+                files = np.full((len(places), 1), number, np.int64)
+                rows.append(np.hstack([files, places.channels[:, None], places.where]))
+        self._refuse_damage()
+        return BagIndex(np.concatenate(times), np.vstack(rows))
+
+    def read(self, entry: Entry) -> BagMessage:
+        """Return one message; BrokenMessage (a BagError) when its bytes cannot be had."""
+        channel = self._channels[entry.file][entry.channel]
+        try:
+            data = unpacked_message(self._files[entry.file].data(entry.first, entry.second), channel.encoding)
+        except BrokenMessage as error:
+            self.broken[channel.topic] += 1
+            raise BrokenMessage(
+                f"{self.path}: this bag breaks off or is damaged: a message of {shown(channel.topic)} {error}"
+            ) from error
+        return BagMessage(channel.topic, _kind(channel), entry.time_ns, data, channel.encoding == "ros1")
 
     def messages(self, topics: Collection[str] | None = None) -> Iterator[BagMessage]:
-        """Yield the messages of ``topics`` (None: all) in order of time; BagError where the file breaks off."""
-        chosen = [c for c in self._reader.connections if topics is None or c.topic in topics]
-        if not chosen:
-            return
-        try:
-            for connection, time_ns, data in self._reader.messages(connections=chosen):
-                yield BagMessage(connection.topic, connection.msgtype, time_ns, bytes(data), self._ros1)
-        except (ReaderError1, ReaderError2, OSError, ValueError) as error:
-            raise BagError(f"{self.path}: this bag breaks off or is damaged: {error}") from error
+        """Yield the messages of ``topics`` (None: all) in order of time; with `partial` broken ones are left out."""
+        yield from self.read_all(self.index(topics).by_time())
+
+    def read_all(self, index: BagIndex) -> Iterator[BagMessage]:
+        """Yield the messages of an index in its order; with `partial` broken ones are left out."""
+        for number in range(len(index)):
+            try:
+                message = self.read(index[number])
+            except BrokenMessage:
+                if not self.partial:
+                    raise
+                continue
+            yield message
+
+    def contradictions(self, duration_ns: int) -> list[str]:
+        """Return where its metadata.yaml contradicts what is there; ``duration_ns`` as measured over all messages."""
+        return compare(self._claims, self.counts, duration_ns, not self.damage) if self._claims is not None else []
 
     def topic_of(self, kinds: Collection[str], wanted: str | None) -> str:
         """Return ``wanted`` if it is there, else the only topic of a type in ``kinds``; BagError names the choice."""
@@ -134,7 +213,34 @@ class BagReader:
         if wanted is None and len(fitting) == 1:
             return fitting[0]
         asked = "none was named" if wanted is None else f"'{wanted}' is not one of them"
-        raise BagError(f"{self.path}: {len(fitting)} topics of {', '.join(kinds)} ({', '.join(fitting)}); {asked}.")
+        names = ", ".join(shown(topic) for topic in fitting)
+        raise BagError(f"{self.path}: {len(fitting)} topics of {', '.join(kinds)} ({names}); {asked}.")
+
+    def _open(self, file: Path) -> None:
+        """Open one file; with `partial` one that cannot be opened is damage."""
+        try:
+            whole = True
+            if file.suffix == ".zstd":
+                if self._unpacked is None:
+                    self._unpacked = tempfile.TemporaryDirectory(prefix="ukd_bag_")
+                packed, file = file, Path(self._unpacked.name) / file.stem
+                whole = unpack_file(packed, file)
+            self._files.append(STORAGES[file.suffix](file))
+            if not whole:
+                self._files[-1].damage.add("its compressed form (.zstd) breaks off or is damaged.")
+        except (BagError, OSError) as error:
+            if not self.partial:
+                told = "" if isinstance(error, BagError) else f"{file}: this bag cannot be read: "
+                raise BagError(f"{told}{error}") from error
+            self._unreadable.append((str(error), file.stat().st_size if file.is_file() else 0))
+
+    def _refuse_damage(self) -> None:
+        if not self.partial and self.damage:
+            raise BagError(f"{self.path}: this bag breaks off or is damaged: {self.damage[0]}")
+
+
+def _kind(channel: Channel) -> str:
+    return channel.kind if channel.encoding in ("cdr", "ros1") else f"{channel.kind} ({channel.encoding})"
 
 
 def bag_views(
@@ -218,19 +324,19 @@ class BagWriter:
         """Append a serialised message of a type that the rosbags library knows."""
         key = (topic, kind)
         if key not in self._connections:
-            self._connections[key] = self._writer.add_connection(topic, kind, typestore=_store(ros1=False))
+            self._connections[key] = self._writer.add_connection(topic, kind, typestore=store())
         self._writer.write(self._connections[key], time_ns, data)
 
     def write_message(self, topic: str, kind: str, time_ns: int, message: Any) -> None:
         """Serialise and append a message of the rosbags library's types."""
-        self.write(topic, kind, time_ns, bytes(_store(ros1=False).serialize_cdr(message, kind)))
+        self.write(topic, kind, time_ns, bytes(store().serialize_cdr(message, kind)))
 
     def write_view(
         self, view: View, camera_name: str = "/camera", codec: str = "jpeg", jpeg_quality: int = JPEG_QUALITY
     ) -> None:
         """Append a view as a compressed image (``codec`` jpeg or png) and its camera_info, at the view's own stamp."""
         header = _header(view)
-        types = _store(ros1=False).types
+        types = store().types
         extension, settings = {
             "jpeg": (".jpg", [cv2.IMWRITE_JPEG_QUALITY, jpeg_quality]),
             "png": (".png", [cv2.IMWRITE_PNG_COMPRESSION, 3]),
@@ -244,7 +350,7 @@ class BagWriter:
 
     def write_truth(self, view: LabelledView) -> None:
         """Append the true pose of every labelled object (the first label of each name)."""
-        types = _store(ros1=False).types
+        types = store().types
         seen: set[str] = set()
         for label in view.objects:
             if label.object_name in seen:
@@ -261,7 +367,7 @@ class BagWriter:
 
 
 def _header(view: View) -> Any:
-    types = _store(ros1=False).types
+    types = store().types
     sec, nanosec = divmod(view.stamp_ns, 10**9)
     stamp = types["builtin_interfaces/msg/Time"](sec=sec, nanosec=nanosec)
     return types["std_msgs/msg/Header"](stamp=stamp, frame_id=view.frame_id)
@@ -269,7 +375,7 @@ def _header(view: View) -> Any:
 
 def camera_info(camera: Camera, header: Any) -> Any:
     """Return ``camera`` as a sensor_msgs/CameraInfo of the rosbags library: K, D, R = identity and P = [K 0]."""
-    types = _store(ros1=False).types
+    types = store().types
     model, coefficients = camera.distortion_model, np.asarray(camera.distortion, dtype=np.float64)
     if model is DistortionModel.NONE:
         model, coefficients = DistortionModel.PLUMB_BOB, np.zeros(5)

@@ -25,7 +25,7 @@ from ukd_ros.geometry.camera import Camera
 from ukd_ros.geometry.object_model import ObjectModel
 from ukd_ros.geometry.pose import Pose, exp_so3
 from ukd_ros.geometry.symmetry import canonical
-from ukd_ros.geometry.view import LabelledView, View
+from ukd_ros.geometry.view import LabelledView, ObjectLabel, View
 from ukd_ros.perception.crop import Crop
 
 FloatArray = npt.NDArray[np.float64]
@@ -114,7 +114,8 @@ class TrainingSample:
     """A window: `image` [S,S,3] uint8 RGB, `mask` [S,S] uint8 (1 + number of the object), and its objects.
 
     `ray_matrix` [3,3] takes homogeneous window px to viewing rays of the source camera's optical frame. `labelled`:
-    whether anybody has said what is in it (a labelled window without objects is known to be empty).
+    whether anybody has said what is in it (a labelled window without objects is known to be empty). `supposed`: its
+    labels are somebody's estimates, and there may be more objects than they say.
     """
 
     image: npt.NDArray[np.uint8]
@@ -122,6 +123,7 @@ class TrainingSample:
     objects: tuple[WindowObject, ...]
     ray_matrix: FloatArray
     labelled: bool = True
+    supposed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,24 +317,80 @@ class UnlabelledWindows(WindowDataset):
         return replace(super().sample(index), labelled=False)
 
 
-class MixedWindows:
-    """Labelled windows, and among them a share of unlabelled ones; the numbers say which, whatever the order."""
+@dataclass(frozen=True, eq=False)
+class SupposedObject:
+    """What somebody takes for an object of the models in a view: its class, pose, and visible pixels [H,W] bool."""
 
-    def __init__(self, labelled: WindowDataset, unlabelled: WindowDataset, share: float, seed: int) -> None:
-        """`share` of unlabelled windows, inside 0..1."""
-        if not 0.0 < share < 1.0:
-            raise ValueError(f"the share of unlabelled windows must be inside 0..1, not {share}")
-        self._parts, self._share, self._seed = (labelled, unlabelled), share, seed
+    class_index: int
+    T_camera_object: Pose
+    mask: npt.NDArray[np.bool_]
+
+
+class SupposedWindows(WindowDataset):
+    """Windows of views that somebody labelled with estimates: what was labelled is learnt, the rest is nothing known.
+
+    Cut and augmented as labelled ones are; samples are `supposed`.
+    """
+
+    def __init__(
+        self,
+        views: Sequence[tuple[View, Sequence[SupposedObject]]],
+        models: Sequence[ObjectModel],
+        config: WindowConfig,
+        seed: int,
+    ) -> None:
+        """ValueError when nothing is labelled in any view."""
+        names = [model.name for model in models]
+        whole = [
+            LabelledView(
+                view.image,
+                view.camera,
+                view.stamp_ns,
+                view.frame_id,
+                tuple(ObjectLabel(names[o.class_index], o.T_camera_object, mask=o.mask) for o in objects),
+            )
+            for view, objects in views
+        ]
+        super().__init__(_Listed(whole), models, config, seed)
+
+    def sample(self, index: int) -> TrainingSample:
+        """Return window number `index`, as supposed."""
+        return replace(super().sample(index), supposed=True)
+
+
+class _Listed:
+    """Views in memory."""
+
+    def __init__(self, views: Sequence[LabelledView]) -> None:
+        self._views = views
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def view(self, index: int) -> LabelledView:
+        return self._views[index]
+
+
+class MixedWindows:
+    """Windows of a first data set, and among them shares of others; the numbers say which, whatever the order."""
+
+    def __init__(self, first: Windows, others: Sequence[tuple[Windows, float]], seed: int) -> None:
+        """`others` with their shares, each above 0 and below 1 in sum."""
+        shares = [share for _, share in others]
+        if min(shares, default=0.0) <= 0.0 or sum(shares) >= 1.0:
+            raise ValueError(f"the shares of other windows must be positive and below 1 in sum, not {shares}")
+        self._parts, self._seed = (*(windows for windows, _ in others), first), seed
+        self._ends = np.cumsum(shares)
 
     def fingerprint(self) -> str:
-        """Return a digest of both parts and their share."""
-        words = repr((*(part.fingerprint() for part in self._parts), self._share, self._seed))
+        """Return a digest of all parts and their shares."""
+        words = repr((*(part.fingerprint() for part in self._parts), self._ends.tolist(), self._seed))
         return hashlib.sha256(words.encode()).hexdigest()
 
     def sample(self, index: int) -> TrainingSample:
         """Return window number `index`."""
         chance = np.random.default_rng((self._seed, 0x3A7E, index)).random()
-        return self._parts[int(chance < self._share)].sample(index)
+        return self._parts[int(np.searchsorted(self._ends, chance, side="right"))].sample(index)
 
 
 @lru_cache(maxsize=4)

@@ -27,7 +27,8 @@ class Assignment:
     """Targets of a batch of B windows with N cells and C classes.
 
     `state` [B,N,C] int8: BACKGROUND, POSITIVE or IGNORED. The P positive votes, one row each: `batch`, `cell`,
-    `class_index` [P], `xy` [P,K,2] window px, `points_camera` [P,K,3] m, `ray_matrix` [P,3,3], `diameter` [P] m.
+    `class_index` [P], `xy` [P,K,2] window px, `points_camera` [P,K,3] m, `ray_matrix` [P,3,3], `diameter` [P] m,
+    `supposed` [P] bool (the label is an estimate, not the truth).
     """
 
     state: npt.NDArray[np.int8]
@@ -38,6 +39,7 @@ class Assignment:
     points_camera: npt.NDArray[np.float32]
     ray_matrix: npt.NDArray[np.float32]
     diameter: npt.NDArray[np.float32]
+    supposed: npt.NDArray[np.bool_]
 
 
 def level_shares(size_px: float, positives: int) -> list[int]:
@@ -47,14 +49,16 @@ def level_shares(size_px: float, positives: int) -> list[int]:
 
 
 def assign(samples: Sequence[TrainingSample], classes: int, keypoints: int, positives: int = 10) -> Assignment:
-    """Return the targets of a batch of equally large windows; of one without labels every cell is ignored."""
+    """Return the targets of a batch of equally large windows; what no label speaks of is ignored in
+    those without labels and in supposed ones.
+    """
     size = samples[0].image.shape[0]
     cells = sum((size // s) ** 2 for s in STRIDES)
     state = np.zeros((len(samples), cells, classes), np.int8)
     rows: list[tuple[int, int, int, WindowObject]] = []
     for b, sample in enumerate(samples):
-        if not sample.labelled:
-            state[b] = IGNORED  # nobody knows what is in it
+        if sample.supposed or not sample.labelled:
+            state[b] = IGNORED  # nobody knows what else is in it
         for number, item in enumerate(sample.objects):
             chosen = _assign_object(state[b, :, item.class_index], sample.mask == number + 1, item, size, positives)
             rows.extend((b, cell, item.class_index, item) for cell in chosen)
@@ -69,6 +73,7 @@ def assign(samples: Sequence[TrainingSample], classes: int, keypoints: int, posi
         np.array([r[3].points_camera for r in rows], np.float32).reshape(-1, keypoints, 3),
         rays,
         np.array([r[3].diameter for r in rows], np.float32),
+        np.array([samples[r[0]].supposed for r in rows], np.bool_),
     )
 
 

@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 
 def draw_curves(metrics: Path, out: Path) -> None:
     """Draw loss terms, errors and learning rate from a metrics.jsonl file as a PNG, by rename."""
+    if not metrics.is_file():  # stopped before its first line
+        return
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not records:
         return

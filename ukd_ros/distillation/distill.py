@@ -157,7 +157,7 @@ def distill_on_folders(
     windows: Windows = data
     if unlabelled:
         strange = open_unlabelled(unlabelled, ensemble, models, config.window, config.window_seed, progress)
-        windows = MixedWindows(data, strange, config.unlabelled_share, config.window_seed)
+        windows = MixedWindows(data, [(strange, config.unlabelled_share)], config.window_seed)
     return distill(
         config,
         ensemble,

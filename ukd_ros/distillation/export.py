@@ -182,7 +182,7 @@ def export_model(
         parts: dict[str, Any] = {
             "name": options.name or target.name,
             "objects": tuple(objects),
-            "network": _network_manifest(network),
+            "network": network_manifest(network),
             "graphs": graphs,
             "weights": WEIGHTS,
             "calibration": calibration or Calibration(),
@@ -226,7 +226,7 @@ def _write_weights(network: KeypointNetwork, path: Path, weights: str) -> Path:
     return path
 
 
-def _network_manifest(network: KeypointNetwork) -> NetworkManifest:
+def network_manifest(network: KeypointNetwork) -> NetworkManifest:
     """Return what model.yaml says about a network."""
     fields = asdict(network.config)
     named = {key: fields.pop(key) for key in ("architecture", "classes", "keypoints")}

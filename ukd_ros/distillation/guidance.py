@@ -96,15 +96,21 @@ def _labelled(
     ]
 
 
-def seen(found: EnsembleVotes, window: int) -> list[VoteInstance]:
-    """Return the objects that the ensemble itself sees in a window, gathered from its mean votes as on the robot."""
+def raw_votes(found: EnsembleVotes, window: int) -> RawVotes:
+    """Return the ensemble's mean votes for one window as a network's own; their variance is the members' mean and what
+    is between them.
+    """
     terms = found.cov[window] + found.spread[window]
     sigma = terms[..., [0, 2]].clamp(min=1e-6).sqrt()
     rho = (terms[..., 1:2] / sigma.prod(-1, keepdim=True)).clamp(-0.95, 0.95)
-    raw = RawVotes(
+    return RawVotes(
         found.score[window].cpu().numpy(), found.xy[window].cpu().numpy(), torch.cat((sigma, rho), -1).cpu().numpy()
     )
-    return collect_instances(raw, VoteOptions(), Calibration())
+
+
+def seen(found: EnsembleVotes, window: int) -> list[VoteInstance]:
+    """Return the objects that the ensemble itself sees in a window, gathered from its mean votes as on the robot."""
+    return collect_instances(raw_votes(found, window), VoteOptions(), Calibration())
 
 
 def _best(

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -15,17 +14,12 @@ import numpy as np
 from ukd_ros.data.bop import BopDataset
 from ukd_ros.data.whole_files import write_bytes
 from ukd_ros.distillation.failures import CAUSES, cause_of
+from ukd_ros.distillation.html_page import html_page, html_picture, html_table
 from ukd_ros.distillation.scores import EvaluationReport
 from ukd_ros.geometry.object_model import ObjectModel
 
 ATLAS_TILES = 15
 """Most failures of one cause that the page shows, the worst ones."""
-
-_STYLE = (
-    "body{font:15px/1.5 sans-serif;max-width:80em;margin:2em auto;padding:0 1em;color:#222}"
-    "table{border-collapse:collapse}td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #ddd}"
-    "td:first-child,th:first-child{text-align:left}img{max-width:100%}pre{overflow-x:auto;background:#f6f6f6;padding:1em}"
-)
 
 
 def write_report(report: EvaluationReport, data: BopDataset, objects: Sequence[ObjectModel], out: Path) -> None:
@@ -47,7 +41,7 @@ def write_report(report: EvaluationReport, data: BopDataset, objects: Sequence[O
     summary = draw_summary(report, {model.name: model.diameter for model in objects})
     write_bytes(out / "summary.png", summary)
     models = {model.name: model for model in objects}
-    sections = [_section("Summary", "", summary, "png")]
+    sections = [html_picture("Summary", summary, "png")]
     for cause, meaning in CAUSES.items():
         items = [item for item in reversed(ordered) if cause_of(item, models[item.object_name]) == cause]
         if items:
@@ -55,15 +49,14 @@ def write_report(report: EvaluationReport, data: BopDataset, objects: Sequence[O
             # among those without an estimate the most visible ones are the most telling
             worst = sorted(items, key=lambda i: (-i.add if np.isfinite(i.add) else 0.0, -i.visible_fraction))
             sheet = contact_sheet(worst[:ATLAS_TILES], data, objects)
-            sections.append(_section(title, meaning, encode_image(sheet, "jpeg"), "jpeg"))
+            sections.append(html_picture(title, encode_image(sheet, "jpeg"), "jpeg", meaning))
     if "best" in sheets:
-        sections.append(_section("The best", "", encode_image(sheets["best"], "jpeg"), "jpeg"))
+        sections.append(html_picture("The best", encode_image(sheets["best"], "jpeg"), "jpeg"))
     write_bytes(out / "report.html", _page(report, sections).encode())
 
 
 def _page(report: EvaluationReport, sections: Sequence[str]) -> str:
     """Return the HTML page."""
-    title = escape(f"{report.model} on {report.dataset}")
     head = ["object", "targets", *(f"ADD(-S) {t} d" for t in report.overall.add_recalls)]
     head += ["AUC 0.1 m", "AR MSSD", "AR MSPD", "proj. 5 px", "detected", "mm", "deg", "keypoint px"]
     rows = []
@@ -72,27 +65,11 @@ def _page(report: EvaluationReport, sections: Sequence[str]) -> str:
         shares += [score.projection_recall, score.detection_rate]
         values = [f"{100 * share:.1f} %" for share in shares]
         values += [f"{score.translation_mm:.1f}", f"{score.rotation_deg:.1f}", f"{score.keypoint_px:.2f}"]
-        rows.append(_row("td", [name, str(score.targets), *values]))
+        rows.append([name, str(score.targets), *values])
     legend = "Failures by kind. Green: true outline; ellipses: keypoints at two sigma; axes: the estimate."
-    return (
-        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f"<style>{_STYLE}</style></head>"
-        f"<body><h1>{title}</h1><p>{report.images} images, crops by {escape(report.options.crops)}, "
-        f"{escape(report.backend)}.</p><table>{_row('th', head)}{''.join(rows)}</table>"
-        f"<pre>{escape(report.table())}</pre><p>{legend}</p>{''.join(sections)}</body></html>\n"
-    )
-
-
-def _row(tag: str, cells: Sequence[str]) -> str:
-    """Return a table row."""
-    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-
-def _section(title: str, text: str, image: bytes, kind: str) -> str:
-    """Return a heading, a line and a picture (png or jpeg) that is inside the page."""
-    picture = base64.b64encode(image).decode()
-    alt = escape(title)
-    return f'<h2>{alt}</h2><p>{escape(text)}</p><img alt="{alt}" src="data:image/{kind};base64,{picture}">'
+    about = f"<p>{report.images} images, crops by {escape(report.options.crops)}, {escape(report.backend)}.</p>"
+    told = f"<pre>{escape(report.table())}</pre><p>{legend}</p>"
+    return html_page(f"{report.model} on {report.dataset}", [about, html_table(head, rows), told, *sections])
 
 
 def _without_nan(value: Any) -> Any:

@@ -160,6 +160,11 @@ def member_files(given: Sequence[Path]) -> list[Path]:
     return found
 
 
+def member_models(path: Path) -> tuple[ObjectModel, ...]:
+    """Return the objects that a teacher's file knows (without meshes when it is a stored teacher)."""
+    return tuple(_read(path).models)
+
+
 def as_matrices(terms: Tensor) -> Tensor:
     """Return covariance terms [...,3] (uu, uv, vv) as matrices [...,2,2]."""
     uu, uv, vv = terms.unbind(-1)

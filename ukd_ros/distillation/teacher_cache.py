@@ -61,7 +61,7 @@ class TeacherCache:
         return Guidance.joined(parts, [1] * len(parts))
 
     def _read(self, shard: int) -> Guidance:
-        path = self.folder / _shard_name(shard)
+        path = _shard_file(self.folder, shard, self.count)
         try:
             with np.load(path, allow_pickle=False) as content:
                 parts = {f.name: content[f.name] for f in fields(Guidance)}
@@ -136,22 +136,22 @@ def open_cache(
     processes.any(False)  # nobody looks before the note is there
     features = _claim(folder, mine)
     shards = range((count + SHARD - 1) // SHARD)
-    missing = [s for s in shards if not (folder / _shard_name(s)).is_file()]
+    missing = [s for s in shards if not _shard_file(folder, s, count).is_file()]
     bar = Bar(
-        total=len(missing) * SHARD,
+        total=sum(_windows(s, count) for s in missing),
         desc="asking the teachers",
         unit="window",
         disable=not progress or processes.rank > 0,
     )
     for shard in missing:
         # another program may have made it meanwhile
-        if shard % processes.count == processes.rank and not (folder / _shard_name(shard)).is_file():
-            _make(folder, shard, ensemble, data, positives, votes, features, bar)
+        if shard % processes.count == processes.rank and not _shard_file(folder, shard, count).is_file():
+            _make(folder, shard, count, ensemble, data, positives, votes, features, bar)
     bar.close()
     processes.any(False)  # all shares are done
-    absent = [s for s in shards if not (folder / _shard_name(s)).is_file()]
+    absent = [path for path in (_shard_file(folder, s, count) for s in shards) if not path.is_file()]
     if absent:
-        raise CacheError(f"{folder / _shard_name(absent[0])}: is missing; every process must see the same folder")
+        raise CacheError(f"{absent[0]}: is missing; every process must see the same folder")
     identity = hashlib.sha256(json.dumps([mine["teachers"], mine["data"]]).encode()).hexdigest()
     return TeacherCache(folder, count, votes, ensemble.networks[0].config, identity)
 
@@ -159,6 +159,7 @@ def open_cache(
 def _make(
     folder: Path,
     shard: int,
+    count: int,
     ensemble: Ensemble,
     data: Windows,
     positives: int,
@@ -167,18 +168,20 @@ def _make(
     bar: Bar,
 ) -> None:
     """Ask about one shard's windows and write it."""
-    parts = []
-    for first in range(shard * SHARD, (shard + 1) * SHARD, BATCH):
-        samples: list[TrainingSample] = [data.sample(i) for i in range(first, first + BATCH)]
+    parts, sizes = [], []
+    end = shard * SHARD + _windows(shard, count)
+    for first in range(shard * SHARD, end, BATCH):
+        samples: list[TrainingSample] = [data.sample(i) for i in range(first, min(first + BATCH, end))]
         parts.append(teach(ensemble, samples, positives, votes))
-        bar.update(BATCH)
-    whole = Guidance.joined(parts, [BATCH] * len(parts))
+        sizes.append(len(samples))
+        bar.update(len(samples))
+    whole = Guidance.joined(parts, sizes)
     arrays = {f.name: _narrowed(f.name, getattr(whole, f.name)) for f in fields(Guidance)}
     if not features:
         arrays["features"] = arrays["features"][..., :0]
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    write_bytes(folder / _shard_name(shard), buffer.getvalue())
+    write_bytes(_shard_file(folder, shard, count), buffer.getvalue())
 
 
 def _claim(folder: Path, mine: dict[str, Any]) -> bool:
@@ -222,5 +225,14 @@ def _widened(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
 
 
-def _shard_name(number: int) -> str:
-    return f"shard-{number:05d}.npz"
+def _windows(shard: int, count: int) -> int:
+    """Return how many of `count` windows are in a shard."""
+    return min(SHARD, count - shard * SHARD)
+
+
+def _shard_file(folder: Path, shard: int, count: int) -> Path:
+    """Return the file of a shard; the last one of a cache may hold fewer windows, and its name says how many."""
+    whole = folder / f"shard-{shard:05d}.npz"
+    if _windows(shard, count) == SHARD or whole.is_file():
+        return whole
+    return folder / f"shard-{shard:05d}-{_windows(shard, count)}.npz"

@@ -38,6 +38,7 @@ from ukd_ros.distillation.losses import focal_loss, gaussian_nll, ray_loss
 from ukd_ros.distillation.muon import Muon, Together
 from ukd_ros.distillation.norms import NormStatistics
 from ukd_ros.distillation.parallel import Processes
+from ukd_ros.distillation.teacher_store import SUFFIX, load_teacher
 from ukd_ros.geometry.object_model import ObjectModel
 from ukd_ros.geometry.view import LabelledView
 from ukd_ros.perception.backends import torch_network
@@ -62,9 +63,9 @@ class TrainConfig:
     """How a network is trained.
 
     `architecture` and `width_factor` choose the network, `keypoints` and `keypoint_kind` (farthest or box) its points.
-    `initial`: an earlier run, its checkpoint, or a model (folder or name), whose weights the network starts from
-    (empty: random ones). What depends on the objects (the last layers) is taken where they are the same, and begins
-    anew where not: the student of another part is a head start.
+    `initial`: an earlier run, its checkpoint, a stored teacher, or a model (folder or name), whose weights the network
+    starts from (empty: random ones). What depends on the objects (the last layers) is taken where they are the same,
+    and begins anew where not: the student of another part is a head start.
     `steps` of `batch_size` windows each, taken in micro-batches of `micro_batch` (the unit of batch norm; the same for
     any number of processes). `optimizer`: muon (orthogonal steps for the hidden layers, AdamW for the rest) or adamw.
     `learning_rate` is the peak of AdamW's one-cycle schedule with `warmup` as the rising fraction, Muon's is ten times
@@ -398,10 +399,12 @@ def _labelled_terms(raw: RawOutput, targets: Assignment, config: TrainConfig, vo
         torch.from_numpy(targets.ray_matrix).to(device),
         torch.from_numpy(targets.diameter).to(device),
     )
+    # estimated labels do not say how far they are off: the scale learns from the truth (and from teachers) alone
+    sure = torch.from_numpy(~targets.supposed).to(device)
     return {
         "focal": focal_loss(raw.logit.float(), state) / votes,
         "ray": ray / (votes * keypoints),
-        "nll": gaussian_nll(error.detach(), scale) / (votes * keypoints),
+        "nll": gaussian_nll(error.detach()[sure], scale[sure]) / (votes * keypoints),
         "error_px": error.detach().norm(dim=-1).sum() / (votes * keypoints),
     }
 
@@ -473,7 +476,10 @@ def _start_from(path: Path, network: KeypointNetwork) -> None:
     """Copy the weights of an earlier run or a model folder, all that fit; ValueError when the layers differ."""
     # a training run is a folder with a checkpoint in it; a model is another kind of folder, or the name of one
     path = path / "checkpoint.pt" if (path / "checkpoint.pt").is_file() else path
-    earlier = load_checkpoint(path).network if path.is_file() else torch_network(load_bundle(find_model(path)))
+    if path.suffix == SUFFIX:
+        earlier = load_teacher(path).network
+    else:
+        earlier = load_checkpoint(path).network if path.is_file() else torch_network(load_bundle(find_model(path)))
     weights, config, mine = earlier.state_dict(), earlier.config, network.config
     same = replace(config, classes=mine.classes, keypoints=mine.keypoints)
     if same != mine:

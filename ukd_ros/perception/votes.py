@@ -140,7 +140,8 @@ class VoteInstance:
     class_index: position in the model's objects. score: 0..1, the votes' own score-weighted mean.
     keypoints: fused, with the joint covariance that the calibration gives.
     box: [4] x0 y0 x1 y1 px, the bounding box of the fused keypoints.
-    votes: how many votes were fused. cells: [votes] where they came from, the best first.
+    votes: how many votes were fused. cells: [votes] where they came from, the best first, in the
+        network's input, which is the image itself or was ``crop``.
     mean_blocks: [K, 2, 2] px^2, the variance of a typical single vote. effective_votes: [K], how many equally good
         votes the fused ones are worth. These two and the calibration determine ``keypoints.cov``.
     """
@@ -153,6 +154,7 @@ class VoteInstance:
     mean_blocks: FloatArray
     effective_votes: FloatArray
     cells: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    crop: Crop | None = None
 
     def size(self) -> float:
         """Return the longer side of the box (px)."""
@@ -166,6 +168,7 @@ class VoteInstance:
             keypoints=Keypoints(xy, crop.cov_to_source(self.keypoints.cov), self.keypoints.score),
             box=keypoint_box(xy),
             mean_blocks=crop.cov_to_source(self.mean_blocks),
+            crop=crop,
         )
 
 

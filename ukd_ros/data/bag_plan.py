@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which frames of which bags become which scenes, and which scenes are held out: by bag or by time, never by frame."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ukd_ros.data.bag_options import BagOptions
+from ukd_ros.data.bag_survey import Frame, Survey
+from ukd_ros.data.bags import BagError
+
+TRAIN, HELD_OUT = "train", "held_out"
+
+MOST = 2.0
+"""A bag is held out whole when it has between one and so many times the share that is asked for."""
+
+
+@dataclass(frozen=True)
+class ScenePlan:
+    """One scene: its number, split, the number of its bag, and its frames."""
+
+    scene_id: int
+    split: str
+    bag: int
+    frames: tuple[Frame, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All scenes, and per bag how many frames the guard and max_frames left out; `by` is "bag", "block" or ""."""
+
+    scenes: tuple[ScenePlan, ...]
+    guarded: tuple[int, ...]
+    beyond_limit: tuple[int, ...]
+    by: str
+
+
+@dataclass
+class _Block:
+    bag: int
+    start_ns: int
+    end_ns: int
+    frames: list[Frame]
+    split: str = TRAIN
+
+
+def make_plan(surveys: Sequence[Survey], options: BagOptions) -> Plan:
+    """Cut the frames of all bags into scenes; BagError when they are too short to hold the share out.
+
+    It depends on the surveys and options only, so that every process, and a call after a kill, makes the same.
+    """
+    held_bag = _bag_to_hold_out([len(survey.frames) for survey in surveys], options.held_out)
+    by_block = options.held_out > 0 and held_bag is None
+    blocks = [b for n, survey in enumerate(surveys) for b in _blocks(n, survey, _block_ns(surveys, options, by_block))]
+    if held_bag is not None:
+        for block in blocks:
+            block.split = HELD_OUT if block.bag == held_bag else TRAIN
+    elif by_block:
+        _hold_out(blocks, options.held_out)
+    guarded = _guard(blocks, round(options.guard_s * 1e9), len(surveys)) if by_block else [0] * len(surveys)
+    if by_block and any(s.frames for s in surveys) and {b.split for b in blocks if b.frames} != {TRAIN, HELD_OUT}:
+        raise BagError(_too_short(surveys, options))
+    beyond = _limit(blocks, options.max_frames, len(surveys))
+    kept = [block for block in blocks if block.frames]
+    scenes = tuple(ScenePlan(n, b.split, b.bag, tuple(b.frames)) for n, b in enumerate(kept))
+    return Plan(scenes, tuple(guarded), tuple(beyond), "bag" if held_bag is not None else "block" if by_block else "")
+
+
+def _too_short(surveys: Sequence[Survey], options: BagOptions) -> str:
+    """Return the sentence for bags that cannot be split by time."""
+    frames, seconds = sum(len(s.frames) for s in surveys), sum(s.duration_ns for s in surveys) / 1e9
+    return (
+        f"{', '.join(s.bag for s in surveys)}: {frames} frames in {seconds:.1f} s are too few to hold out a share of "
+        f"{options.held_out:g} with {options.guard_s:g} s between it and the rest; give a longer bag or several, lower "
+        "guard_s, or set held_out=0."
+    )
+
+
+def _bag_to_hold_out(counts: list[int], share: float) -> int | None:
+    """Return the smallest bag that is enough and not far too much; None where there is none."""
+    total = sum(counts)
+    fitting = [n for n, count in enumerate(counts) if share * total <= count <= MOST * share * total and count < total]
+    return min(fitting, key=lambda n: counts[n]) if share > 0 and fitting else None
+
+
+def _block_ns(surveys: Sequence[Survey], options: BagOptions, by_block: bool) -> int:
+    """Return the longest block: short enough that one is about the share of all."""
+    longest = options.block_s * 1e9
+    if by_block:
+        longest = min(longest, sum(s.duration_ns for s in surveys) * min(options.held_out, 1 - options.held_out))
+    return max(1, round(longest))
+
+
+def _blocks(bag: int, survey: Survey, longest_ns: int) -> list[_Block]:
+    """Cut every segment of a bag into equal blocks of about ``longest_ns``."""
+    out: list[_Block] = []
+    for segment in sorted({frame.segment for frame in survey.frames}):
+        frames = [frame for frame in survey.frames if frame.segment == segment]
+        start, end = frames[0].elapsed_ns, frames[-1].elapsed_ns + 1
+        count = min(len(frames), max(1, round((end - start) / longest_ns)))
+        edges = [start + (end - start) * n // count for n in range(count + 1)]
+        blocks = [_Block(bag, a, b, []) for a, b in zip(edges, edges[1:], strict=False)]
+        for frame in frames:
+            blocks[int(np.searchsorted(edges, frame.elapsed_ns, side="right")) - 1].frames.append(frame)
+        out += [block for block in blocks if block.frames]
+    return out
+
+
+def _hold_out(blocks: list[_Block], share: float) -> None:
+    """Hold out blocks, evenly spread, until they have the share of all frames."""
+    debt = 0.0
+    for block in blocks:
+        debt += share * len(block.frames)
+        if debt >= 0.5 * len(block.frames):
+            block.split = HELD_OUT
+            debt -= len(block.frames)
+    if len(blocks) > 1:
+        if all(block.split == TRAIN for block in blocks):
+            min(blocks, key=lambda block: len(block.frames)).split = HELD_OUT
+        elif all(block.split == HELD_OUT for block in blocks):
+            min(blocks, key=lambda block: len(block.frames)).split = TRAIN
+
+
+def _guard(blocks: list[_Block], guard_ns: int, bags: int) -> list[int]:
+    """Take away the training frames that are too near to a held-out block, and return how many of each bag."""
+    out = [0] * bags
+    held = [block for block in blocks if block.split == HELD_OUT]
+    for block in blocks:
+        if block.split == HELD_OUT:
+            continue
+        near = [(h.frames[0].elapsed_ns, h.frames[-1].elapsed_ns) for h in held if h.bag == block.bag]
+        kept = [f for f in block.frames if not any(a - guard_ns < f.elapsed_ns < b + guard_ns for a, b in near)]
+        out[block.bag] += len(block.frames) - len(kept)
+        block.frames = kept
+    return out
+
+
+def _limit(blocks: list[_Block], most: int, bags: int) -> list[int]:
+    """Keep at most ``most`` frames of all, evenly spread, and return how many of each bag were left out."""
+    out = [0] * bags
+    total = sum(len(block.frames) for block in blocks)
+    if not 0 < most < total:
+        return out
+    chosen = {(2 * n + 1) * total // (2 * most) for n in range(most)}
+    number = 0
+    for block in blocks:
+        kept = [frame for place, frame in enumerate(block.frames, number) if place in chosen]
+        number += len(block.frames)
+        out[block.bag] += len(block.frames) - len(kept)
+        block.frames = kept
+    return out

@@ -1,0 +1,414 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From bags that nobody labelled to a student that is better where they were recorded: `ukd distill --bag`.
+
+Bags become frames (`data.bag_frames`), the calibrated ensemble labels those it is sure of (`pseudo_labels`), a student
+learns from them beside rendered windows and the teachers' votes (`distill`), is exported and calibrated on renders that
+nobody has seen, and compared with its teachers on frames held out as they came. Every stage leaves its result under
+`out`, so a call that was stopped, or killed, is gone on with by the same call.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ukd_ros.config import to_mapping
+from ukd_ros.data.bag_frames import BagOptions, bags_to_bop
+from ukd_ros.data.bag_plan import HELD_OUT, TRAIN
+from ukd_ros.data.bop import BopDataset
+from ukd_ros.data.dataset import MixedWindows, SupposedWindows, UnlabelledWindows, Windows
+from ukd_ros.data.progress import Stopped
+from ukd_ros.data.whole_files import write_bytes
+from ukd_ros.distillation.bag_calibration import calibrate_student
+from ukd_ros.distillation.calibrate import CalibrationOptions, calibrate
+from ukd_ros.distillation.checkpoint import load_checkpoint
+from ukd_ros.distillation.distill import DistillConfig, distill
+from ukd_ros.distillation.ensemble_estimator import ensemble_estimator, window_sizes
+from ukd_ros.distillation.export import export_checkpoint, trained_options
+from ukd_ros.distillation.frames import Frames
+from ukd_ros.distillation.from_bags_report import BagStory, write_story
+from ukd_ros.distillation.label_store import stored_labels
+from ukd_ros.distillation.parallel import Processes
+from ukd_ros.distillation.pseudo_labels import PseudoLabelOptions, PseudoLabels, agreeing, label_frames
+from ukd_ros.distillation.teacher import Ensemble, member_files, member_models
+from ukd_ros.distillation.train import object_models, open_folders, train_device
+from ukd_ros.distillation.unlabelled import propose
+from ukd_ros.geometry.object_model import ObjectModel
+from ukd_ros.perception.estimator import EstimatorOptions, PoseEstimator
+from ukd_ros.perception.manifest import calibration_data
+from ukd_ros.perception.votes import Calibration
+
+logger = logging.getLogger(__name__)
+
+RESULT = "result.json"
+NOTHING_SEEN = "the teachers see nothing in any of the {count} frames: {counts}. {advice}"
+ADVICE = {
+    "nothing_found": "look whether the frames show the object (ukd bag to-bop), lit and large enough, and whether the "
+    "teachers know it (ukd evaluate on renders)",
+    "unsure": "train the teachers longer, record closer to the object, or lower labels.sure (and look at labels.png)",
+    "inconsistent": "look whether the camera_info is that of the images: a wrong focal length bends every pose",
+    "disagrees_in_time": "look at labels_refused.png: the teachers jump between poses; train them longer",
+    "low_score": "record closer to the object, or train the teachers on renders that look more like the place",
+    "ambiguous": "record from more oblique sides and closer: from afar two poses look alike",
+    "too_few_keypoints": "record the object less hidden",
+    "uncalibrated": "give renders that nobody was trained on (held_out), so that the teachers' doubt is measured",
+}
+"""What to try, by the reason for which most was refused."""
+
+
+@dataclass(frozen=True)
+class FromBagsConfig:
+    """How bags become a student.
+
+    `bags`: how frames are taken. `labels`: when a teacher's pose is a label. `distill`: how the student is trained; its
+    `unlabelled_share` of windows is cut from frames without looking at labels, and there the teachers' votes alone
+    teach. `supposed_share`: share of windows cut around accepted labels. `calibrate_views`: renders of `held_out` used
+    for the teachers' calibration and for the student's. `name` of the model (empty: that of the folder).
+    """
+
+    bags: BagOptions = field(default_factory=BagOptions)
+    labels: PseudoLabelOptions = field(default_factory=PseudoLabelOptions)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    supposed_share: float = 0.25
+    calibrate_views: int = 300
+    zoom_rounds: int = 3
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot run; ValueError names the field."""
+        if not 0.0 <= self.supposed_share < 1.0 - self.distill.unlabelled_share:
+            raise ValueError(
+                f"supposed_share: is {self.supposed_share}, but with distill.unlabelled_share "
+                f"{self.distill.unlabelled_share} it must stay below {1.0 - self.distill.unlabelled_share:.2f}."
+            )
+        if self.calibrate_views < 1 or self.zoom_rounds < 1:
+            raise ValueError("calibrate_views, zoom_rounds: at least 1 is needed.")
+
+
+@dataclass(frozen=True)
+class FromBagsResult:
+    """The finished model, the report, the line that starts the pose node on it, and a sentence on how it went."""
+
+    model: Path
+    report: Path
+    launch: str
+    summary: str
+
+
+def distill_from_bags(
+    config: FromBagsConfig,
+    bags: Sequence[Path],
+    teachers: Sequence[Path],
+    out: Path,
+    *,
+    renders: Sequence[Path] = (),
+    held_out: Path | None = None,
+    objects: Sequence[str] = (),
+    resume: bool = True,
+    time_budget_s: float | None = None,
+    progress: bool = True,
+) -> FromBagsResult:
+    """Distil teachers into a student on bags, in the folder `out`; the model appears as `out`/models/NAME.
+
+    `renders`: BOP-format folders with labels to train on beside the bags (without them the student learns from the
+    bags alone); `held_out`: one that neither teachers nor student saw, to calibrate on (without it nothing is labelled
+    and nothing is calibrated, and the report says so). `objects`: their names (default: the teachers').
+    The same call goes on where an earlier one stopped (unless `resume` is False: FileExistsError). Under torchrun
+    processes share the frames, the teachers' work and the training. BagError, TeacherError, BopError, LabelError and
+    ValueError for what cannot work, before long work where possible; Stopped when it was asked to stop, or
+    `time_budget_s` is over, with everything kept.
+    """
+    work = _Work(config, tuple(bags), tuple(teachers), out, tuple(renders), held_out, tuple(objects), progress)
+    work.claim(resume)
+    done = work.finished()
+    if done is not None:
+        logger.info("%s: is finished already", out)
+        return done
+    started = time.monotonic()
+    work.open()
+    work.take_frames()
+    work.calibrate_teachers()
+    work.label()
+    left = None if time_budget_s is None else max(1.0, time_budget_s - (time.monotonic() - started))
+    checkpoint = work.learn(left)
+    if checkpoint is None:
+        raise Stopped(f"{out}: the time is up and what is done is kept; the same call goes on")
+    return work.finish(checkpoint)
+
+
+class _Work:
+    """One call: what it was given, and what its stages have made so far."""
+
+    def __init__(
+        self,
+        config: FromBagsConfig,
+        bags: tuple[Path, ...],
+        teachers: tuple[Path, ...],
+        out: Path,
+        renders: tuple[Path, ...],
+        held_out: Path | None,
+        objects: tuple[str, ...],
+        progress: bool,
+    ) -> None:
+        self.config, self.bags, self.teachers, self.out = config, bags, teachers, out
+        self.renders, self.held_out, self.objects, self.progress = renders, held_out, objects, progress
+        self.processes = Processes.from_environment()
+        self.models: list[ObjectModel] = []
+        self.calibration: Calibration | None = None
+        self.labels: dict[str, PseudoLabels] = {}
+
+    # ---- what is asked for ------------------------------------------------------------------------------------
+
+    def claim(self, resume: bool) -> None:
+        """Write down what `out` is for, or compare with what stands there."""
+        mine = {
+            "config": json.loads(json.dumps(to_mapping(self.config), default=str)),
+            "bags": [str(path.resolve()) for path in self.bags],
+            "teachers": [str(path.resolve()) for path in self.teachers],
+            "renders": [str(path.resolve()) for path in self.renders],
+            "held_out": None if self.held_out is None else str(self.held_out.resolve()),
+            "objects": list(self.objects),
+        }
+        path = self.out / "request.json"
+        if path.is_file():
+            if not resume:
+                raise FileExistsError(f"{self.out}: holds an earlier run; resume it, or choose another folder")
+            try:
+                theirs = json.loads(path.read_text(encoding="utf-8"))
+                differing = [key for key in mine if theirs.get(key) != mine[key]]
+            except (ValueError, AttributeError) as error:
+                raise ValueError(f"{path}: is no request of an earlier run ({error}); choose another folder") from error
+            if differing:
+                raise ValueError(
+                    f"{path}: the run in this folder was asked for with other {', '.join(differing)}; ask for the same "
+                    "again, or choose another folder"
+                )
+        elif self.processes.rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            write_bytes(path, (json.dumps(mine, indent=1) + "\n").encode())
+        self.processes.any(False)
+
+    def finished(self) -> FromBagsResult | None:
+        """Return the result of an earlier call, None when there is none yet."""
+        path = self.out / RESULT
+        if not path.is_file():
+            return None
+        told = json.loads(path.read_text(encoding="utf-8"))
+        return FromBagsResult(Path(told["model"]), Path(told["report"]), str(told["launch"]), str(told["summary"]))
+
+    def open(self) -> None:
+        """Read teachers and models; nothing long."""
+        distilling = self.config.distill
+        if distilling.threads:
+            torch.set_num_threads(distilling.threads)  # from the start: results differ in their last digits
+        if not self.bags:
+            raise ValueError("no bag was given; name one or more")
+        files = member_files(self.teachers)
+        if self.renders:
+            self.models = object_models(distilling, self.renders, self.objects)[1]
+        else:
+            known = {model.name: model for model in (member_models(files[0]) if files else ())}
+            unknown = set(self.objects) - set(known)
+            if unknown:
+                raise ValueError(f"{files[0]}: knows {', '.join(known)}, not {', '.join(sorted(unknown))}")
+            self.models = [known[name] for name in (self.objects or known)]
+        device = train_device(distilling, self.processes)
+        self.ensemble = Ensemble.load(
+            files, self.models, distilling.window.size, device, single=distilling.single_teacher
+        )
+        if not distilling.initial and self.ensemble.networks[0].config.architecture == distilling.architecture:
+            logger.info("the student starts from %s: no other start was named", files[0])
+            self.config = replace(self.config, distill=replace(distilling, initial=str(files[0])))
+
+    # ---- stages -----------------------------------------------------------------------------------------------
+
+    def take_frames(self) -> None:
+        """Bags become a folder of frames."""
+        folder = self.out / "frames"
+        self.taken = bags_to_bop(
+            self.bags,
+            folder,
+            self.config.bags,
+            progress=self.progress,
+            processes=(self.processes.rank, self.processes.count),
+        )
+        self.processes.any(False)
+        names = {number: name for name, number in self.taken.objects.items()}
+        if not (folder / TRAIN).is_dir():
+            raise ValueError(f"{', '.join(map(str, self.bags))}: no frame is left to learn from\n{self.taken.table()}")
+        self.frames = Frames(folder, TRAIN, names)
+        self.strange = Frames(folder, HELD_OUT, names) if (folder / HELD_OUT).is_dir() else None
+
+    def estimator(self) -> PoseEstimator:
+        """Return the teachers as an estimator that refuses no pose for being uncertain: labelling decides that."""
+        options = EstimatorOptions(
+            tracking=False, zoom_rounds=self.config.zoom_rounds, max_sigma_position=100.0, max_sigma_rotation_deg=1000.0
+        )
+        sizes = window_sizes(self.config.distill.window)
+        return ensemble_estimator(self.ensemble, self.models, sizes, options, self.calibration)
+
+    def calibrate_teachers(self) -> None:
+        """Fit how sure the ensemble may be, on held-out renders; kept in teachers.json."""
+        if self.held_out is None:
+            logger.warning(
+                "no held-out renders were given: nothing says how sure the teachers may be, nothing is labelled"
+            )
+            return
+        path = self.out / "teachers.json"
+        views = BopDataset(self.held_out)
+        asked = {"teachers": self.ensemble.identity, "views": [len(views), self.config.calibrate_views]}
+        if self.processes.rank == 0 and not _same(path, asked):
+            report = calibrate(
+                self.estimator(), views, CalibrationOptions(), self.config.calibrate_views, self.progress
+            )
+            logger.info("the teachers on %s:\n%s", self.held_out, report.table())
+            told = {**asked, "calibration": calibration_data(report.calibration), "table": report.table()}
+            write_bytes(path, (json.dumps(told, indent=1) + "\n").encode())
+        self.processes.any(False)
+        values = json.loads(path.read_text(encoding="utf-8"))["calibration"]
+        self.calibration = Calibration(**values)
+
+    def label(self) -> None:
+        """Ask the teachers for labels of all frames, of those held out too."""
+        splits = {"train": self.frames, **({"held_out": self.strange} if self.strange is not None else {})}
+        if self.calibration is None:
+            empty = PseudoLabels((), len(self.frames), {"uncalibrated": len(self.frames)})
+            self.labels = dict.fromkeys(splits, empty)
+            return
+        estimator = self.estimator()
+        for name, frames in splits.items():
+            note = {
+                "teachers": self.ensemble.identity,
+                "calibration": calibration_data(self.calibration),
+                "frames": frames.fingerprint(),
+                "settings": json.loads(json.dumps(to_mapping(self.config.labels))),
+                "zoom_rounds": self.config.zoom_rounds,
+            }
+
+            def ask(shard: range, frames: Frames = frames) -> PseudoLabels:
+                return label_frames(
+                    estimator, frames.some(shard), self.config.labels, len(shard), progress=self.progress
+                )
+
+            found = stored_labels(self.out / "labels" / name, note, len(frames), ask, self.processes)
+            self.labels[name] = agreeing(found, frames.places, self.models, self.config.labels)
+            logger.info("%s: %d frames, %s", name, len(frames), _counted(self.labels[name]))
+        if not self.labels["train"].accepted:
+            logger.warning("no frame is labelled: %s", advice(self.labels["train"]))
+
+    def learn(self, time_budget_s: float | None) -> Path | None:
+        """Train the student; return its checkpoint, None when the time was up before."""
+        config = self.config.distill
+        result = distill(
+            config,
+            self.ensemble,
+            self.windows(),
+            self.models,
+            self.out / "run",
+            cache=self.out / "teachers",
+            resume=True,
+            time_budget_s=time_budget_s,
+            progress=self.progress,
+        )
+        return result.checkpoint if result.finished else None
+
+    def windows(self) -> Windows:
+        """Return what the student learns from: renders, accepted labels, and frames with the teachers' votes alone."""
+        config = self.config.distill
+        views = [self.frames.view(number) for number in range(len(self.frames))]
+        boxes = propose(self.ensemble, views, config.window.locate_width, self.progress)
+        supposed = [
+            (views[number], [label.supposed(*_size(views[number])) for label in labels])
+            for number, labels in self.labels["train"].by_frame().items()
+        ]
+        parts: list[tuple[Windows, float]] = []
+        if boxes:
+            strange = UnlabelledWindows(views, boxes, self.models, config.window, config.window_seed)
+            parts.append((strange, config.unlabelled_share))
+        if supposed and self.config.supposed_share > 0.0:
+            parts.append(
+                (SupposedWindows(supposed, self.models, config.window, config.window_seed), self.config.supposed_share)
+            )
+        if not parts:
+            counts = _counted(self.labels["train"])
+            raise ValueError(NOTHING_SEEN.format(count=len(views), counts=counts, advice=advice(self.labels["train"])))
+        if not self.renders:
+            if len(parts) == 1:
+                return parts[0][0]
+            share = self.config.supposed_share / (self.config.supposed_share + config.unlabelled_share)
+            return MixedWindows(parts[0][0], [(parts[1][0], share)], config.window_seed)
+        data, _, _ = open_folders(
+            config, self.renders, objects=self.objects, progress=self.progress, seed=config.window_seed
+        )
+        return MixedWindows(data, parts, config.window_seed)
+
+    def finish(self, checkpoint: Path) -> FromBagsResult:
+        """Export, calibrate, compare and report; the first process does it."""
+        name = self.config.name or self.out.resolve().name
+        model = self.out / "models" / name
+        if self.processes.rank == 0:
+            options = replace(trained_options(load_checkpoint(checkpoint).config), name=name, overwrite=True)
+            told = {
+                "data": ", ".join(path.name for path in (*self.bags, *self.renders)),
+                "teacher": ", ".join(self.ensemble.names),
+                "pseudo_labels": self.labels["train"].counts(),
+            }
+            export_checkpoint(checkpoint, model, options, told)
+            calibrated = calibrate_student(
+                model,
+                self.held_out,
+                self.config.calibrate_views,
+                self.strange,
+                self.labels.get("held_out"),
+                self.out / "calibration",
+                self.progress,
+            )
+            story = BagStory(
+                self.taken.table(),
+                self.frames,
+                self.strange,
+                self.labels,
+                tuple(self.models),
+                model,
+                self.out / "run",
+                calibrated,
+                advice(self.labels["train"]),
+            )
+            report, summary = write_story(story, self.out)
+            launch = f"ros2 launch ukd_ros pose.launch.py model:={model.resolve()}"
+            result = {"model": str(model), "report": str(report), "launch": launch, "summary": summary}
+            write_bytes(self.out / RESULT, (json.dumps(result, indent=1) + "\n").encode())
+        self.processes.any(False)
+        done = self.finished()
+        assert done is not None  # the first process has written it
+        return done
+
+
+def advice(labels: PseudoLabels) -> str:
+    """Say what to try when few frames are labelled, by the reason for which most was refused."""
+    reasons = sorted(labels.refused.items(), key=lambda item: -item[1])
+    return next((ADVICE[reason] for reason, _ in reasons if reason in ADVICE), "look at the pictures of the report")
+
+
+def _counted(labels: PseudoLabels) -> str:
+    return ", ".join(f"{count} {name}" for name, count in labels.counts().items())
+
+
+def _size(view: Any) -> tuple[int, int]:
+    return view.camera.width, view.camera.height
+
+
+def _same(path: Path, asked: dict[str, Any]) -> bool:
+    """Return whether a file holds the answer to this very question."""
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        return all(told.get(key) == value for key, value in asked.items()) and "calibration" in told
+    except (OSError, ValueError, AttributeError):
+        return False

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The teachers' labels on disk: asked once, shared out between processes, gone on with after an interruption."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ukd_ros.data.whole_files import write_bytes
+from ukd_ros.distillation.parallel import Processes
+from ukd_ros.distillation.pseudo_labels import PseudoLabel, PseudoLabels
+from ukd_ros.geometry.pose import Pose, nearest_rotation
+
+FORMAT = 1
+SHARD = 64
+"""Frames in a shard."""
+NOTE = "labels.json"
+
+
+class LabelError(ValueError):
+    """Stored labels that cannot be used; the message names the file and says what to do."""
+
+
+def stored_labels(
+    folder: Path,
+    note: dict[str, Any],
+    frames: int,
+    label: Callable[[range], PseudoLabels],
+    processes: Processes | None = None,
+) -> PseudoLabels:
+    """Return the labels of frames 0 .. frames - 1: those in `folder`, and what is missing from `label` (a shard's).
+
+    `note` tells these teachers, frames and settings from any others; LabelError when the folder holds others'. Under
+    torchrun every process labels its share of the shards and reads the rest.
+    """
+    processes = processes or Processes()
+    if processes.rank == 0:
+        _claim(folder, note)
+    processes.any(False)  # nobody looks before the note is there
+    shards = [range(first, min(first + SHARD, frames)) for first in range(0, frames, SHARD)]
+    for number, shard in enumerate(shards):
+        path = folder / f"shard-{number:05d}.json"
+        if number % processes.count == processes.rank and not path.is_file():
+            write_bytes(path, (json.dumps(_as_data(label(shard))) + "\n").encode())
+    processes.any(False)  # all shares are done
+    parts = [_read(folder / f"shard-{number:05d}.json", shard) for number, shard in enumerate(shards)]
+    refused: Counter[str] = Counter()
+    for part in parts:
+        refused.update(part.refused)
+    return PseudoLabels(tuple(item for part in parts for item in part.labels), frames, dict(refused))
+
+
+def _claim(folder: Path, note: dict[str, Any]) -> None:
+    """Write the note, or compare with the one that is there."""
+    mine = {"format": FORMAT, **note}
+    path = folder / NOTE
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, (json.dumps(mine, indent=1) + "\n").encode())
+        return
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LabelError(f"{path}: is no JSON ({error}); delete the folder, and the labels are made again") from error
+    differing = [key for key in mine if not isinstance(theirs, dict) or theirs.get(key) != mine[key]]
+    if differing:
+        raise LabelError(
+            f"{path}: these labels were made with other {', '.join(differing)}; delete {folder}, or choose another "
+            "folder for this run"
+        )
+
+
+def _as_data(labels: PseudoLabels) -> dict[str, Any]:
+    rows = [
+        {
+            "frame": item.frame,
+            "class": item.class_index,
+            "rotation": item.T_camera_object.rotation.reshape(9).tolist(),
+            "translation": item.T_camera_object.translation.tolist(),
+            "cov": item.cov.reshape(36).tolist(),
+            "score": item.score,
+            "probability": item.probability,
+            "patches": np.round(item.patches, 2).tolist(),
+            "refused": item.refused,
+        }
+        for item in labels.labels
+    ]
+    return {"refused": labels.refused, "labels": rows}
+
+
+def _read(path: Path, shard: range) -> PseudoLabels:
+    """Read one shard; nothing in it is believed."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        labels = tuple(_label(row, shard) for row in data["labels"])
+        refused = {str(reason): int(count) for reason, count in data["refused"].items()}
+    except FileNotFoundError as error:
+        raise LabelError(f"{path}: is missing; every process must see the same folder") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LabelError(f"{path}: cannot be read ({error}); delete it, and it is made again") from error
+    return PseudoLabels(labels, len(shard), refused)
+
+
+def _label(row: dict[str, Any], shard: range) -> PseudoLabel:
+    numbers = {key: np.asarray(row[key], np.float64) for key in ("rotation", "translation", "cov", "patches")}
+    if not all(np.isfinite(values).all() for values in numbers.values()):
+        raise ValueError("a number is not finite")
+    if row["frame"] not in shard:
+        raise ValueError(f"frame {row['frame']} is not in this shard")
+    pose = Pose(nearest_rotation(numbers["rotation"].reshape(3, 3)), numbers["translation"].reshape(3))
+    return PseudoLabel(
+        int(row["frame"]),
+        int(row["class"]),
+        pose,
+        numbers["cov"].reshape(6, 6),
+        float(row["score"]),
+        float(row["probability"]),
+        numbers["patches"].reshape(-1, 4),
+        str(row["refused"]),
+    )

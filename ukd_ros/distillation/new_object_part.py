@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a mesh says about a part before anything is rendered: size, colours, holes, and turns that may not be told."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.spatial import cKDTree
+
+from ukd_ros.data.meshes import MeshError
+from ukd_ros.data.render_dataset import DEMO, MeshSource
+from ukd_ros.geometry.arrays import FloatArray
+from ukd_ros.geometry.object_model import Mesh, Symmetries, diameter_of
+from ukd_ros.geometry.pose import Pose, exp_so3
+
+AXES = {"x": 0, "y": 1, "z": 2}
+SYMMETRY = re.compile(r"([xyz])(?::(180|120|90|60))?")
+SAME_SHAPE = 0.01
+"""A turn that moves the surface by less than this fraction of the diameter is one that a camera can hardly tell."""
+
+SURFACE_POINTS = 4000
+ONE_COLOUR = 6.0
+"""Colours that vary by less (standard deviation, 0..255) are one colour."""
+
+
+@dataclass(frozen=True)
+class PartFacts:
+    """What was measured on a mesh.
+
+    diameter_m; faces; coloured: more than one colour; open_edges: share of edges that have not two faces (holes, loose
+    sheets, faces that cross); alike: turns that leave the shape as it is, in words of `--symmetry`; keypoint_kind:
+    farthest, or box for a mesh of too few corners; digest: of the surface and its colours.
+    """
+
+    diameter_m: float
+    faces: int
+    coloured: bool
+    open_edges: float
+    alike: tuple[str, ...]
+    keypoint_kind: str
+    digest: str
+
+    def as_data(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return asdict(self)
+
+
+def inspect_part(source: MeshSource, keypoints: int) -> PartFacts:
+    """Load a mesh and look at it; MeshError as `load_mesh`, and for a flat mesh or one of fewer than four corners."""
+    mesh = source.load()
+    corners = np.unique(np.round(mesh.vertices, 7), axis=0)
+    where = source.label() if source.path == DEMO else source.path
+    if len(corners) < 4 or np.linalg.matrix_rank(corners - corners.mean(axis=0), tol=1e-6 * np.ptp(corners)) < 3:
+        raise MeshError(f"{where}: all {len(corners)} corners lie in one plane; export a solid part.")
+    return PartFacts(
+        diameter_m=diameter_of(mesh.vertices),
+        faces=len(mesh.faces),
+        coloured=_coloured(mesh),
+        open_edges=_open_edges(mesh),
+        alike=_alike(mesh),
+        keypoint_kind="farthest" if len(corners) >= keypoints else "box",
+        digest=_digest(mesh),
+    )
+
+
+def symmetries_of(words: Sequence[str], mesh: Mesh) -> Symmetries:
+    """Return the symmetries that were declared: z (any turn about the axis) or z:180 (that turn and its multiples).
+
+    Axes go through the middle of the part's bounding box. ValueError for another word.
+    """
+    middle = 0.5 * (mesh.vertices.min(axis=0) + mesh.vertices.max(axis=0))
+    discrete: list[Pose] = []
+    continuous: list[tuple[FloatArray, FloatArray]] = []
+    for word in words:
+        match = SYMMETRY.fullmatch(word)
+        if match is None:
+            raise ValueError(
+                f"symmetry {word!r}: write an axis (z), or an axis and an angle (z:180, z:120, z:90, z:60)"
+            )
+        axis = np.eye(3)[AXES[match[1]]]
+        if match[2] is None:
+            continuous.append((axis, middle))
+        else:
+            step = int(match[2])
+            discrete += [_turn(axis, angle, middle) for angle in range(step, 360, step)]
+    return Symmetries(tuple(discrete), tuple(continuous))
+
+
+def _turn(axis: FloatArray, degrees: float, middle: FloatArray) -> Pose:
+    """Return the motion that turns about an axis through a point."""
+    R = exp_so3(axis * np.radians(degrees))
+    return Pose(R, middle - R @ middle)
+
+
+def _coloured(mesh: Mesh) -> bool:
+    """Return whether the mesh has more than one colour."""
+    seen: npt.NDArray[np.uint8] | None = mesh.texture if mesh.texture is not None else mesh.colors
+    return seen is not None and float(seen.reshape(-1, 3).astype(np.float64).std(axis=0).max()) > ONE_COLOUR
+
+
+def _open_edges(mesh: Mesh) -> float:
+    """Return the share of edges that do not have two faces; vertices at one place count as one."""
+    _, group = np.unique(np.round(mesh.vertices, 7), axis=0, return_inverse=True)
+    faces = group.reshape(-1)[mesh.faces]
+    edges = np.sort(np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]]), axis=1)
+    edges = edges[edges[:, 0] != edges[:, 1]]
+    _, counts = np.unique(edges, axis=0, return_counts=True)
+    return float((counts != 2).mean()) if len(counts) else 1.0
+
+
+def _surface(mesh: Mesh, rng: np.random.Generator) -> FloatArray:
+    """Return points [n,3] spread evenly over the surface."""
+    corners = mesh.vertices[mesh.faces]
+    areas = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1)
+    chosen = rng.choice(len(areas), SURFACE_POINTS, p=areas / areas.sum())
+    u, v = rng.random((2, SURFACE_POINTS, 1))
+    u, v = np.where(u + v > 1, 1 - u, u), np.where(u + v > 1, 1 - v, v)
+    a, b, c = corners[chosen].transpose(1, 0, 2)
+    return np.asarray(a + u * (b - a) + v * (c - a), dtype=np.float64)
+
+
+def _alike(mesh: Mesh) -> tuple[str, ...]:
+    """Return the turns about the axes, through the middle of the box, that leave the shape (not its colours) as it is.
+
+    Compared with what another sample of the same surface is away, so that coarse samples do not hide a symmetry.
+    """
+    rng = np.random.default_rng(0)
+    points, others = _surface(mesh, rng), _surface(mesh, rng)
+    tree = cKDTree(others)
+    middle = 0.5 * (mesh.vertices.min(axis=0) + mesh.vertices.max(axis=0))
+    limit = float(np.quantile(tree.query(points)[0], 0.98)) + SAME_SHAPE * diameter_of(mesh.vertices)
+
+    def same(axis: FloatArray, degrees: float) -> bool:
+        away = tree.query(_turn(axis, degrees, middle).transform(points))[0]
+        return float(np.quantile(away, 0.98)) < limit
+
+    found = []
+    for name, number in AXES.items():
+        axis = np.eye(3)[number]
+        if all(same(axis, angle) for angle in (27.0, 74.0, 131.0)):
+            found.append(name)
+        else:
+            found += [f"{name}:{step}" for step in (60, 90, 120, 180) if same(axis, step)][:1]
+    return tuple(found)
+
+
+def _digest(mesh: Mesh) -> str:
+    """Return what tells this surface from any other."""
+    parts = (mesh.vertices, mesh.faces, mesh.colors, mesh.uv, mesh.texture)
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(b"-" if part is None else np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """Return what tells a bag from another: name, size and time of change; a bag may be too large to be read twice."""
+    files = sorted(item for item in path.rglob("*") if item.is_file()) if path.is_dir() else [path]
+    facts = [f"{item.name} {item.stat().st_size} {item.stat().st_mtime_ns}" for item in files]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]

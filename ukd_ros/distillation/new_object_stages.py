@@ -1,0 +1,439 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stages of `ukd new-object`: each is one call of the room that does the work, in a folder of its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ukd_ros.data.augment import AugmentConfig
+from ukd_ros.data.dataset import WindowConfig
+from ukd_ros.data.preview import write_contact_sheet
+from ukd_ros.data.progress import Progress, Stopped, listening
+from ukd_ros.data.render_dataset import CHUNK, MeshSource, render_dataset
+from ukd_ros.data.scenes import SceneConfig
+from ukd_ros.data.whole_files import write_bytes
+from ukd_ros.distillation.calibrate import UNGATED, CalibrationOptions, calibrate_model
+from ukd_ros.distillation.checkpoint import load_checkpoint
+from ukd_ros.distillation.distill import DistillConfig, distill_on_folders
+from ukd_ros.distillation.ensemble import member_folder, train_ensemble
+from ukd_ros.distillation.evaluate import evaluate_model
+from ukd_ros.distillation.export import export_checkpoint, trained_options
+from ukd_ros.distillation.guide import GuideOptions
+from ukd_ros.distillation.new_object_part import symmetries_of
+from ukd_ros.distillation.new_object_plan import STARVED, TICKS, Pace, Rates
+from ukd_ros.distillation.train import TrainConfig, open_folders, train_on_folders
+
+logger = logging.getLogger(__name__)
+
+KINDS = ("train", "calibrate", "evaluate")
+PROBE_IMAGES = 4 * CHUNK
+PROBE_STEPS = 6
+CHECKPOINT_S = 15.0
+"""A run that is killed loses at most so many seconds; writing one and drawing its curves takes half of one."""
+
+SEEDS_APART = 1_000_003
+"""Renders for training, calibration and evaluation are scenes of seeds so far apart."""
+
+
+def scenes_for_a_part() -> SceneConfig:
+    """Return the scenes of an unknown part: upright on a table or held up, the views that a robot's camera has of it.
+
+    Views over all rotations cost ten times the accuracy in the same time (docs/results.md), so they are asked for
+    (`--set scene.view=uniform`). Collages and crowds make a student that also works on photographs.
+    """
+    return SceneConfig(
+        width=480, height=360, fov_deg=(45.0, 65.0), targets=(2, 4), distractors=(3, 10), elevation_deg=(5.0, 85.0),
+        roll_sigma_deg=15.0, occluded_fraction=0.3, min_visible=0.4, truncated_fraction=0.05, crowded_fraction=0.3,
+        busy_fraction=0.3, texture_pool=48,
+    )  # fmt: skip
+
+
+def training_of_a_part() -> TrainConfig:
+    """Return how a part is learned: on the demo student's layers, which saves the first 100,000 windows."""
+    return TrainConfig(
+        initial="spray_bottle", micro_batch=32, warmup=0.05, positives=24, checkpoint_every=100, validate_every=0,
+        window=WindowConfig(rotation_deg=10.0, zoom_fraction=0.7, augment=AugmentConfig(cover_probability=0.2)),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class NewObjectConfig:
+    """How a part's student is made; the budget decides how long."""
+
+    distances: tuple[float, float] = field(
+        default=(2.0, 4.5),
+        metadata={"help": "Camera to part in the renders; replaces scene.distance.", "unit": "diameters"},
+    )
+    symmetry: tuple[str, ...] = field(
+        default=(), metadata={"help": "Turns that nobody can tell: z (any turn about z), z:180, z:120, z:90 or z:60."}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of renders and training."})
+    teachers: int = field(default=2, metadata={"help": "Teachers, trained side by side, from a budget of 1h on."})
+    scene: SceneConfig = field(default_factory=scenes_for_a_part, metadata={"help": "The renders, as in ukd render."})
+    train: TrainConfig = field(
+        default_factory=training_of_a_part, metadata={"help": "The training, as in ukd train; the budget sets steps."}
+    )
+    guide: GuideOptions = field(
+        default_factory=GuideOptions, metadata={"help": "What teachers tell the student, as in ukd distill."}
+    )
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be rendered or taught; ValueError names the field."""
+        if len(self.distances) != 2 or not 1.0 <= self.distances[0] <= self.distances[1] <= 50.0:
+            raise ValueError(f"distances: must be (low, high) within 1..50 diameters, got {tuple(self.distances)}.")
+        if not 2 <= self.teachers <= 8:
+            raise ValueError(f"teachers: is {self.teachers}, but 2..8 are needed: one alone cannot disagree.")
+
+    def scene_for(self, diameter_m: float) -> SceneConfig:
+        """Return the scenes of a part of this size; nothing is nearer than 8 cm, where cameras are out of focus."""
+        low, high = (max(0.08, factor * diameter_m) for factor in self.distances)
+        return replace(self.scene, distance=(round(low, 4), round(max(high, 1.5 * low), 4)))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training did: the newest checkpoint, its step, whether that is the last, and s per step of late."""
+
+    checkpoint: Path
+    step: int
+    finished: bool
+    step_s: float
+
+
+class Stages(Protocol):
+    """What the chain calls. Seconds left are asked for again and again: they pass while a stage works."""
+
+    def probe(self, ensemble: bool) -> Rates:
+        """Time a few renders and training steps; RendererError where there is no headless OpenGL."""
+        ...
+
+    def tune(self, rates: Rates) -> None:
+        """Take what the probe found, also that of an earlier call: threads, and how often a checkpoint is written."""
+        ...
+
+    def render(self, kind: str, count: int, left_s: Callable[[], float]) -> int:
+        """Render views of a kind; return how many there are, fewer when the time is up."""
+        ...
+
+    def train(
+        self, name: str, steps: int, left_s: Callable[[], float], reserve_s: float, initial: str, peak: float | None
+    ) -> Trained:
+        """Train `steps`; stop, keeping a checkpoint, when it would not end in time."""
+        ...
+
+    def teach(self, steps: int, left_s: Callable[[], float]) -> list[Trained]:
+        """Train the teachers side by side; they stop, keeping a checkpoint, when the time is up."""
+        ...
+
+    def distil(self, steps: int, left_s: Callable[[], float], reserve_s: float, teachers: Sequence[Path]) -> Trained:
+        """Train the student beside its teachers, from the first one's weights."""
+        ...
+
+    def adapt(self, teachers: Sequence[Path], initial: Path, steps: int, left_s: Callable[[], float]) -> dict[str, str]:
+        """Adapt the student to the bags; return model (folder), report (file) and summary."""
+        ...
+
+    def export(self, checkpoint: Path) -> dict[str, Any]:
+        """Write the model folder and time the estimator: model (path), view_s."""
+        ...
+
+    def calibrate(self, model: Path, limit: int) -> dict[str, Any]:
+        """Calibrate on held-out renders; ValueError where the student finds too little."""
+        ...
+
+    def evaluate(self, model: Path, limit: int) -> dict[str, Any]:
+        """Score on other held-out renders."""
+        ...
+
+
+class RealStages:
+    """The stages proper; folders below `work`."""
+
+    def __init__(
+        self, config: NewObjectConfig, source: MeshSource, keypoint_kind: str, scene: SceneConfig, work: Path,
+        *, bags: Sequence[Path] = (), progress: bool = True, tell: Callable[[Progress], None] | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self.config, self.source, self.scene, self.work = config, source, scene, work
+        self.training = replace(config.train, keypoint_kind=keypoint_kind, seed=config.seed)
+        self.threads, self._step_s = 0, math.inf
+        self._bags, self._progress, self._tell, self._now = tuple(bags), progress, tell, now
+
+    def folder(self, kind: str) -> Path:
+        """Return where the renders of a kind lie."""
+        return self.work / "renders" / kind
+
+    def probe(self, ensemble: bool) -> Rates:
+        """See `Stages`; the images are the first ones of those for calibration, so they are not lost."""
+        shutil.rmtree(self.folder("calibrate"), ignore_errors=True)  # of an interrupted probe: it would take no time
+        ticks: list[tuple[int, float]] = []
+        start = self._now()
+        with listening(lambda p: ticks.append((p.done, self._now()))):
+            self._render("calibrate", PROBE_IMAGES)
+        took = self._now() - start
+        # the first half comes with the start of the processes; with many of them everything comes at once
+        done, when = next(tick for tick in ticks if tick[0] >= PROBE_IMAGES // 2)
+        late = (ticks[-1][1] - when) / max(1, PROBE_IMAGES - done)
+        image_s = max(late, 0.5 * took / PROBE_IMAGES)
+        cores = len(os.sched_getaffinity(0))
+        choices = [max(1, cores // self.config.teachers)] if ensemble else sorted({1, cores})
+        best, threads = self._time_steps(choices[0], ensemble), choices[0]
+        for more in choices[1:]:
+            try:
+                timed = self._time_steps(more, ensemble, limit_s=PROBE_STEPS * best[1])
+            except Stopped:  # threads that wait for cores in use by others are slower than one
+                continue
+            best, threads = (timed, more) if timed[1] < best[1] else (best, threads)
+        return Rates(max(0.0, took - PROBE_IMAGES * image_s), image_s, *best, threads)
+
+    def _time_steps(self, threads: int, ensemble: bool, limit_s: float = math.inf) -> tuple[float, float]:
+        """Return the seconds until the first step, and per step, of a training with so many threads.
+
+        Stopped when steps take longer than `limit_s` together.
+        """
+        folder = self.work / "probe"
+        shutil.rmtree(folder, ignore_errors=True)
+        config = replace(self.training, steps=PROBE_STEPS, threads=threads, log_every=1)
+        start = self._now()
+        ticks: list[float] = []
+        if ensemble:
+            data, models, _ = open_folders(config, [self.folder("calibrate")], progress=False)
+            train_ensemble(config, self.config.teachers, data, models, folder, progress=False)
+            took = self._now() - start
+            step_s = float(np.median(_logged_steps_s(member_folder(folder, config.seed), config)[1:]))
+        else:
+
+            def watch(progress: Progress) -> None:
+                if progress.stage == "training":
+                    ticks.append(self._now())
+                    if ticks[-1] - ticks[0] > limit_s:
+                        raise Stopped("slower than with fewer threads")
+
+            with listening(watch):
+                train_on_folders(config, [self.folder("calibrate")], folder, progress=False)
+            took = self._now() - start
+            step_s = (ticks[-1] - ticks[1]) / (len(ticks) - 2)  # the first step warms up
+        shutil.rmtree(folder, ignore_errors=True)
+        return max(0.0, took - PROBE_STEPS * step_s), step_s
+
+    def tune(self, rates: Rates) -> None:
+        """See `Stages`."""
+        self.threads, self._step_s = rates.threads, rates.step_s
+        every = max(10, int(CHECKPOINT_S / rates.step_s))
+        self.training = replace(self.training, checkpoint_every=every, log_every=min(self.training.log_every, TICKS))
+
+    def render(self, kind: str, count: int, left_s: Callable[[], float]) -> int:
+        """See `Stages`."""
+        reached = 0
+
+        def watch(progress: Progress) -> None:
+            nonlocal reached
+            reached = progress.done
+            if self._tell is not None:
+                self._tell(replace(progress, stage=f"rendering to {kind}"))
+            if left_s() <= 0.0 and progress.done < count:
+                raise Stopped("the time for rendering is up")
+
+        try:
+            with listening(watch):
+                self._render(kind, count)
+        except Stopped:
+            if left_s() > 0.0:
+                raise
+            # what was handed to the processes is being finished: a count that leaves none of it without its label
+            flying = 2 * (os.cpu_count() or 1) * CHUNK
+            count = min(count, max(reached, CHUNK) + flying)
+            self._render(kind, count)
+        return count
+
+    def _render(self, kind: str, count: int) -> None:
+        out = self.folder(kind)
+        seed = self.config.seed + SEEDS_APART * KINDS.index(kind)
+        render_dataset(self.scene, [self.source], out, count, seed, progress=self._progress)
+        info = out / "models" / "models_info.json"
+        symmetries = symmetries_of(self.config.symmetry, self.source.load()) if self.config.symmetry else None
+        if symmetries:  # as BOP states them; training, calibration and evaluation read them there
+            content = json.loads(info.read_text(encoding="utf-8"))
+            for entry in content.values():
+                entry.update(symmetries.to_bop())
+            write_bytes(info, json.dumps(content, indent=2).encode())
+        if kind == "train":
+            write_contact_sheet(out, self.work / "renders.jpg", n=12, columns=4, width=320)
+
+    def _config(self, steps: int) -> TrainConfig:
+        return replace(self.training, steps=steps, threads=self.threads or self.training.threads)
+
+    @contextmanager
+    def _paced(self, left_s: Callable[[], float], reserve_s: float) -> Iterator[Pace]:
+        """Listen to a training; a stop for want of time is no error."""
+        pace = Pace(left_s, reserve_s, self._tell, self._now)
+        threads = self.threads
+
+        def watch(progress: Progress) -> None:
+            nonlocal threads
+            pace(progress)
+            slow = pace.step_s is not None and progress.done > 2 and pace.step_s > STARVED * self._step_s
+            if slow and threads != 1 and torch.get_num_threads() > 1:
+                # every thread waits for the last one: with a core taken away one alone is several times as fast
+                logger.warning("a step takes %.1f s, not %.1f: going on with one thread", pace.step_s, self._step_s)
+                threads = 1
+                torch.set_num_threads(1)
+                pace.forget()
+
+        try:
+            with listening(watch):
+                yield pace
+        except Stopped:
+            if not pace.stopped:
+                raise
+
+    def train(
+        self, name: str, steps: int, left_s: Callable[[], float], reserve_s: float, initial: str, peak: float | None
+    ) -> Trained:
+        """See `Stages`."""
+        config, folder = replace(self._config(steps), initial=initial or self.training.initial), self.work / name
+        if peak is not None:
+            config = replace(config, learning_rate=peak)
+        with self._paced(left_s, reserve_s) as pace:
+            train_on_folders(config, [self.folder("train")], folder, resume=True, progress=self._progress)
+        return _trained(folder, config, pace.step_s)
+
+    def teach(self, steps: int, left_s: Callable[[], float]) -> list[Trained]:
+        """See `Stages`."""
+        config = replace(self.training, steps=steps)
+        data, models, _ = open_folders(config, [self.folder("train")], progress=self._progress)
+        count, out = self.config.teachers, self.work / "teachers"
+        train_ensemble(config, count, data, models, out, resume=True, time_budget_s=left_s(), progress=self._progress)
+        return [_trained(member_folder(out, config.seed + i), config, None) for i in range(count)]
+
+    def _beside_teachers(self, steps: int, initial: Path) -> DistillConfig:
+        """Return how the student learns beside teachers, who are asked about every third window once."""
+        plain = {item.name: getattr(self.training, item.name) for item in fields(TrainConfig)}
+        plain |= {"steps": steps, "initial": str(initial), "threads": 0}
+        return DistillConfig(**plain, guide=self.config.guide, windows=max(1, steps * self.training.batch_size // 3))
+
+    def distil(self, steps: int, left_s: Callable[[], float], reserve_s: float, teachers: Sequence[Path]) -> Trained:
+        """See `Stages`; the teachers are asked about every third window once."""
+        config = self._beside_teachers(steps, teachers[0])
+        folder = self.work / "student"
+        with self._paced(left_s, reserve_s) as pace:
+            distill_on_folders(config, teachers, [self.folder("train")], folder, resume=True, progress=self._progress)
+        if not (folder / "checkpoint.pt").is_file():  # asking the teachers took all the time
+            return Trained(teachers[0], 0, False, _logged_step_s(teachers[0].parent, config))
+        return _trained(folder, config, pace.step_s)
+
+    def adapt(self, teachers: Sequence[Path], initial: Path, steps: int, left_s: Callable[[], float]) -> dict[str, str]:
+        """See `Stages`."""
+        from ukd_ros.distillation.from_bags import FromBagsConfig, distill_from_bags  # reads bags: needs rosbags
+
+        distil = replace(
+            self._beside_teachers(steps, initial), unlabelled_share=FromBagsConfig().distill.unlabelled_share
+        )
+
+        def watch(progress: Progress) -> None:
+            if self._tell is not None:
+                self._tell(progress)
+            if left_s() <= 0.0:
+                raise Stopped("the time for the bags is up")
+
+        with listening(watch):
+            result = distill_from_bags(
+                replace(FromBagsConfig(), distill=distil, name=self.source.label()),
+                self._bags,
+                teachers,
+                self.work / "adapted",
+                renders=[self.folder("train")],
+                held_out=self.folder("calibrate"),
+                time_budget_s=left_s(),
+                progress=self._progress,
+            )
+        return {"model": str(result.model), "report": str(result.report), "summary": result.summary}
+
+    def export(self, checkpoint: Path) -> dict[str, Any]:
+        """See `Stages`."""
+        model, content = self.work / "model", load_checkpoint(checkpoint)
+        options = trained_options(content.config)
+        options = replace(options, name=self.source.label(), overwrite=model.exists())
+        provenance = {"data": f"renders of {Path(self.source.path).name} by ukd new-object"}
+        export_checkpoint(checkpoint, model, options, provenance)
+        return {"model": str(model), "view_s": self._view_s(model)}
+
+    def _view_s(self, model: Path) -> float:
+        """Return the seconds that the estimator takes for a view, labels read and all."""
+        start, views = self._now(), 4
+        with listening(lambda _: None):
+            evaluate_model(model, self.folder("evaluate"), limit=views, progress=False)
+        return (self._now() - start) / views
+
+    def calibrate(self, model: Path, limit: int) -> dict[str, Any]:
+        """See `Stages`; where the student finds too little by itself, on crops around the truth."""
+        folder, out = self.folder("calibrate"), self.work / "calibration"
+        try:
+            report = calibrate_model(model, folder, limit, out, progress=self._progress)
+        except ValueError:
+            options = CalibrationOptions(crops="oracle")
+            weak = replace(UNGATED, min_score=0.02)
+            report = calibrate_model(
+                model, folder, limit, out, progress=self._progress, options=options, estimator_options=weak
+            )
+        return {"crops": report.crops, "matched": report.matched, "labels": report.labels, "views": report.views}
+
+    def evaluate(self, model: Path, limit: int) -> dict[str, Any]:
+        """See `Stages`."""
+        report = evaluate_model(
+            model, self.folder("evaluate"), limit=limit, out=self.work / "evaluation", progress=self._progress
+        )
+        score, joint = report.overall, report.checks.get("joint")
+        return {
+            "images": report.images,
+            "targets": score.targets,
+            "add_recall": score.add_recall,
+            "detected": score.detection_rate,
+            "translation_mm": _or_none(score.translation_mm),
+            "rotation_deg": _or_none(score.rotation_deg),
+            "keypoint_px": _or_none(score.keypoint_px),
+            "answered": 0 if joint is None else joint.poses,
+            "coverage": None if joint is None else joint.coverage["pose"][0.95],
+            "nees": None if joint is None else joint.nees,
+            "causes": report.causes,
+            "false_alarms": report.false_alarms,
+            "latency_ms": report.latency_ms["p50"],
+        }
+
+
+def _trained(folder: Path, config: TrainConfig, step_s: float | None) -> Trained:
+    """Return how far a run is."""
+    checkpoint = folder / "checkpoint.pt"
+    step = load_checkpoint(checkpoint).step
+    return Trained(checkpoint, step, step >= config.steps, step_s or _logged_step_s(folder, config))
+
+
+def _logged_step_s(folder: Path, config: TrainConfig) -> float:
+    """Return the seconds of a step of late, as the run's metrics have it."""
+    return float(np.median(_logged_steps_s(folder, config)[-5:]))
+
+
+def _logged_steps_s(folder: Path, config: TrainConfig) -> list[float]:
+    """Return the seconds of a step, of every line of a run's metrics; a minute, without any, for a run cut at once."""
+    if not (folder / "metrics.jsonl").is_file():
+        return [60.0]
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [config.batch_size / float(json.loads(line)["images_per_s"]) for line in lines]
+
+
+def _or_none(value: float) -> float | None:
+    """Return a number, or None for NaN, which JSON does not know."""
+    return None if value != value else value
