@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from ukd_ros.config import load_config
 from ukd_ros.data.bag_frames import BagOptions
 from ukd_ros.data.bags import BagWriter, bag_truth
 from ukd_ros.data.progress import Progress, Stopped, listening
+from ukd_ros.distillation.bag_calibration import BagCalibration
 from ukd_ros.distillation.distill import DistillConfig
 from ukd_ros.distillation.frames import Frames
 from ukd_ros.distillation.from_bags import FromBagsConfig, FromBagsResult, distill_from_bags
@@ -100,18 +102,38 @@ def test_a_finished_run_is_told_and_another_request_refused(
         distill_from_bags(SHORT, [BAG], [teachers], out, held_out=held_out, resume=False, progress=False)
 
 
-@pytest.mark.parametrize("stage", ["asking the teachers for labels", "asking the teachers", "training"])
+@pytest.mark.parametrize(
+    ("stage", "there"),
+    [
+        ("asking the teachers for labels", ["frames", "teachers.json"]),
+        ("asking the teachers", ["frames", "teachers.json", "labels"]),
+        ("training", ["frames", "teachers.json", "labels"]),
+    ],
+)
 def test_stopped_anywhere_the_same_call_gives_the_same_student(
-    stage: str, finished: tuple[Path, FromBagsResult], teachers: Path, held_out: Path, tmp_path: Path
+    stage: str,
+    there: list[str],
+    finished: tuple[Path, FromBagsResult],
+    teachers: Path,
+    held_out: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """What earlier stages left is taken from the finished run, to save its time."""
+
     def stop(progress: Progress) -> None:
         if progress.stage == stage and progress.done >= 1:
             raise Stopped("enough")
 
     out = tmp_path / "bottle"
+    for name in there:
+        source = finished[0] / name
+        out.mkdir(exist_ok=True)
+        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, out / name)  # type: ignore[operator]
     with pytest.raises(Stopped, match="enough"), listening(stop):
         distill_from_bags(SHORT, [BAG], [teachers], out, held_out=held_out, progress=False)
     assert not (out / "models").exists()
+    monkeypatch.setattr("ukd_ros.distillation.from_bags.calibrate_student", lambda *_: BagCalibration(None, None, None))
     distill_from_bags(SHORT, [BAG], [teachers], out, held_out=held_out, progress=False)
     whole, resumed = (path / "models" / "bottle" / "student.safetensors" for path in (finished[0], out))
     assert whole.read_bytes() == resumed.read_bytes()
@@ -126,12 +148,14 @@ def test_without_held_out_renders_nothing_is_labelled_or_calibrated_and_that_is_
     assert load_bundle(result.model).calibration.instances == 0
 
 
-def test_teachers_that_see_nothing_say_why_and_what_to_try(teachers: Path, held_out: Path, tmp_path: Path) -> None:
+def test_teachers_that_see_nothing_say_why_and_what_to_try(
+    finished: tuple[Path, FromBagsResult], teachers: Path, held_out: Path, tmp_path: Path
+) -> None:
     """A bag of grey pictures: nothing in them."""
     from ukd_ros.data.bags import bag_views
     from ukd_ros.geometry.view import View
 
-    views = [view for view in bag_views(BAG) if isinstance(view, View)][:60:3]
+    views = [view for view in bag_views(BAG) if isinstance(view, View)][:30:3]
     rng = np.random.default_rng(0)
     with BagWriter(tmp_path / "grey") as bag:
         for view in views:
@@ -139,6 +163,8 @@ def test_teachers_that_see_nothing_say_why_and_what_to_try(teachers: Path, held_
             flat[:40, : 20 + 10 * int(rng.integers(8))] = 60  # something changes, or all but one would be thinned
             bag.write_view(View(flat, view.camera, view.stamp_ns, view.frame_id))
     config = replace(SHORT, bags=replace(SHORT.bags, held_out=0.0))
+    (tmp_path / "out").mkdir()
+    shutil.copyfile(finished[0] / "teachers.json", tmp_path / "out" / "teachers.json")
     with pytest.raises(ValueError, match=r"see nothing in any of the \d+ frames: 0 accepted, \d+ nothing_found\. look"):
         distill_from_bags(config, [tmp_path / "grey"], [teachers], tmp_path / "out", held_out=held_out, progress=False)
 
@@ -167,13 +193,13 @@ def test_damaged_labels_are_named(finished: tuple[Path, FromBagsResult], teacher
         (out / "result.json").write_bytes(told)
 
 
-def test_the_command_is_killed_and_goes_on(teachers: Path, held_out: Path, tmp_path: Path) -> None:
+def test_the_command_is_killed_and_goes_on(teachers: Path, tmp_path: Path) -> None:
     """kill -9 in the middle of the training, then the same words again; --time-budget stops it once on the way."""
     words = [sys.executable, "-m", "ukd_ros", "distill", "--bag", str(BAG), "--teacher", str(teachers)]
-    words += ["--held-out", str(held_out), "--out", str(tmp_path / "out"), "--config", "config/distill_bags.yaml"]
+    words += ["--out", str(tmp_path / "out"), "--config", "config/distill_bags.yaml"]
     words += ["--set", "distill.steps=6", "distill.batch_size=4", "distill.micro_batch=4", "bags.max_frames=12"]
-    words += ["distill.checkpoint_every=1", "distill.device=cpu", "bags.guard_s=0.5", "bags.block_s=2", "--quiet"]
-    words += ["calibrate_views=50", "bags.truth_topics=false", "distill.windows=24"]
+    words += ["distill.checkpoint_every=1", "distill.device=cpu", "bags.guard_s=0.5", "bags.block_s=2"]
+    words += ["calibrate_views=50", "bags.truth_topics=false", "distill.windows=24", "--quiet"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     checkpoint = tmp_path / "out" / "run" / "checkpoint.pt"

@@ -21,7 +21,6 @@ from ukd_ros.data.render_dataset import DEMO, MeshSource
 from ukd_ros.data.renderer import RendererError
 from ukd_ros.distillation import new_object as chain_module
 from ukd_ros.distillation.new_object import (
-    NewObjectConfig,
     NewObjectError,
     NewObjectRequest,
     NewObjectResult,
@@ -30,7 +29,7 @@ from ukd_ros.distillation.new_object import (
 from ukd_ros.distillation.new_object_part import PartFacts, inspect_part, symmetries_of
 from ukd_ros.distillation.new_object_plan import LEAST, Pace, Rates, closing_s, make_plan, steps_within
 from ukd_ros.distillation.new_object_report import Story, advice, verdict
-from ukd_ros.distillation.new_object_stages import RealStages, Trained
+from ukd_ros.distillation.new_object_stages import NewObjectConfig, RealStages, Trained
 from ukd_ros.distillation.new_object_state import WorkError, WorkState, locked
 from ukd_ros.distillation.train import TrainConfig
 from ukd_ros.perception.bundle import BundleError, find_model, load_bundle
@@ -61,7 +60,7 @@ class FakeStages:
     def now(self) -> float:
         return self.time
 
-    def probe(self, ensemble: bool) -> Rates:
+    def probe(self, ensemble: bool, left_s: Callable[[], float]) -> Rates:
         self.calls.append("probe")
         self.time += 20.0
         return self.rates
@@ -201,7 +200,7 @@ def test_a_training_is_stopped_only_when_a_last_cycle_is_all_there_is_time_for()
 
 
 @pytest.mark.parametrize("slower", [1.0, 1.3, 2.5])
-@pytest.mark.parametrize("budget_s", [300.0, 1200.0, 7200.0])
+@pytest.mark.parametrize("budget_s", [300.0, 1200.0, 3600.0])
 def test_the_chain_ends_within_the_budget(tmp_path: Path, budget_s: float, slower: float) -> None:
     stages = FakeStages(slower=slower)
     result = make(tmp_path, stages, budget_s)
@@ -279,6 +278,17 @@ def test_a_machine_that_is_too_busy_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(NewObjectError, match="too busy or too slow.*more than 5m"):
         make(tmp_path, stages, 300.0)
     assert stages.calls == ["probe"]
+
+    class Endless(FakeStages):
+        def probe(self, ensemble: bool, left_s: Callable[[], float]) -> Rates:
+            while left_s() > 0.0:
+                self.time += 5.0
+            raise Stopped("the time for the trial is up")
+
+    endless = Endless()
+    with pytest.raises(NewObjectError, match="did not end in 120 s"):
+        make(tmp_path / "endless", endless, 300.0)
+    assert endless.time <= 130.0
 
 
 # ---- going on ----------------------------------------------------------------------------------------------------
@@ -400,7 +410,7 @@ def test_bad_arguments_are_refused_in_one_sentence(tmp_path: Path) -> None:
 
 def test_without_opengl_nothing_is_left_where_the_model_would_be(tmp_path: Path) -> None:
     class Blind(FakeStages):
-        def probe(self, ensemble: bool) -> Rates:
+        def probe(self, ensemble: bool, left_s: Callable[[], float]) -> Rates:
             raise RendererError("no headless OpenGL: apt install libegl1")
 
     with pytest.raises(RendererError, match="apt install"):

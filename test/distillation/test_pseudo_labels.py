@@ -35,12 +35,14 @@ from ukd_ros.distillation.pseudo_labels import (  # noqa: E402
     agreeing,
     label_frames,
     probability_right,
+    required,
+    required_on,
     voting_patches,
 )
 from ukd_ros.geometry.chi_square import chi2_cdf  # noqa: E402
 from ukd_ros.geometry.object_model import Symmetries  # noqa: E402
 from ukd_ros.geometry.pose import Pose, exp_so3  # noqa: E402
-from ukd_ros.geometry.view import View  # noqa: E402
+from ukd_ros.geometry.view import LabelledView, ObjectLabel, View  # noqa: E402
 from ukd_ros.perception.estimator import EstimatorOptions, PoseEstimator  # noqa: E402
 from ukd_ros.perception.manifest import GraphSpec  # noqa: E402
 from ukd_ros.perception.network import STRIDES  # noqa: E402
@@ -79,6 +81,24 @@ def scenes(world: World, count: int, truths: list[Pose]) -> Iterator[tuple[int, 
         yield number, world.view(number)
 
 
+class LabelledScenes:
+    """Labelled views of one box each."""
+
+    def __init__(self, world: World, count: int) -> None:
+        self.world, self.count = world, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def pose(self, index: int) -> Pose:
+        return pose_of(np.random.default_rng((5, index)))
+
+    def view(self, index: int) -> LabelledView:
+        self.world.objects = [(0, self.pose(index))]
+        plain = self.world.view(index)
+        return LabelledView(plain.image, plain.camera, objects=(ObjectLabel("box", self.pose(index)),))
+
+
 def label(
     frame: int, pose: Pose, refused: str = "", cov: float = 1e-6, patches: tuple[float, ...] = (0, 0, 8, 8)
 ) -> PseudoLabel:
@@ -101,7 +121,7 @@ def test_labels_of_sure_teachers_are_right_and_those_of_unsure_ones_are_refused(
     for noise, least, most in ((0.8, 36, 40), (4.0, 8, 30), (9.0, 0, 4)):
         truths: list[Pose] = []
         world = World(votes=(6, 10))
-        found = label_frames(teachers(world, noise), scenes(world, 40, truths), SURE, 40, progress=False)
+        found = label_frames(teachers(world, noise), scenes(world, 40, truths), SURE, 0.9, 40, progress=False)
         assert least <= len(found.accepted) <= most, found.counts()
         assert found.frames == 40 and len(found.accepted) + sum(found.refused.values()) >= 40
         if found.accepted:
@@ -114,18 +134,18 @@ def test_teachers_that_know_no_doubt_deceive_but_the_residuals_tell() -> None:
     truths: list[Pose] = []
     world = World(votes=(6, 10))
     options = PseudoLabelOptions(max_chi2=2.0)
-    found = label_frames(teachers(world, 4.0, said_px=0.8), scenes(world, 30, truths), options, 30, progress=False)
+    found = label_frames(teachers(world, 4.0, said_px=0.8), scenes(world, 30, truths), options, 0.9, 30, progress=False)
     assert len(found.accepted) <= 3
     assert found.refused.get(INCONSISTENT, 0) >= 20
 
 
 def test_every_refusal_has_its_reason() -> None:
     world = World(votes=(6, 10))
-    empty = label_frames(teachers(world, 0.8), [(0, world.view())], SURE, 1, progress=False)
+    empty = label_frames(teachers(world, 0.8), [(0, world.view())], SURE, 0.9, 1, progress=False)
     assert empty.counts() == {"accepted": 0, NOTHING: 1}
     truths: list[Pose] = []
     strict = PseudoLabelOptions(min_score=0.99)
-    found = label_frames(teachers(world, 0.8), scenes(world, 5, truths), strict, 5, progress=False)
+    found = label_frames(teachers(world, 0.8), scenes(world, 5, truths), strict, 0.9, 5, progress=False)
     assert found.counts() == {"accepted": 0, LOW_SCORE: 5}
     with pytest.raises(ValueError, match=r"labels\.sure"):
         PseudoLabelOptions(sure=1.5)
@@ -144,6 +164,35 @@ def test_the_probability_is_that_of_the_covariance() -> None:
     unseen = cov.copy()
     unseen[5, 5] = np.pi**2 / 3
     assert probability_right(pose, unseen, free, 0.1) == pytest.approx(chance, abs=0.05)
+
+
+def test_how_sure_a_label_must_be_is_measured() -> None:
+    def rows(chances: list[float]) -> list[PseudoLabel]:
+        return [replace(label(i, Pose(np.eye(3), np.ones(3))), probability=p) for i, p in enumerate(chances)]
+
+    chances = [1.0 - 0.01 * i for i in range(40)]
+    right = [i < 20 or i % 2 == 0 for i in range(40)]
+    assert required(rows(chances), right, 0.95) == pytest.approx(chances[20])  # 21 of 21, and one wrong assumed
+    assert required(rows(chances), right, 0.8) == pytest.approx(chances[30])
+    assert required(rows(chances), [True] * 40, 0.5) == pytest.approx(chances[-1])
+    assert required(rows(chances), [False] * 40, 0.5) > 1.0
+    assert required(rows(chances[:9]), [True] * 9, 0.5) > 1.0  # too few to promise anything
+    assert required(rows([0.5] * 40), right, 0.9) > 1.0  # equal ones are taken together
+    inconsistent = [replace(item, refused=INCONSISTENT) for item in rows(chances)]
+    assert required(inconsistent, [True] * 40, 0.5) > 1.0
+
+
+def test_the_measured_demand_keeps_its_promise_on_other_frames() -> None:
+    """Errors with a long tail: the covariance fits the tail, so its probabilities are too modest."""
+    world = World(votes=(6, 10))
+    estimator = teachers(world, 2.5, said_px=5.0)
+    views = LabelledScenes(world, 120)
+    least = required_on(estimator, views, range(60), PseudoLabelOptions(sure=0.9), progress=False)
+    assert least < 0.9
+    truths = [views.pose(i) for i in range(60, 120)]
+    frames = ((i, views.view(60 + i)) for i in range(60))
+    found = label_frames(estimator, frames, SURE, least, 60, progress=False)
+    assert len(found.accepted) >= 20 and np.mean(right(found, truths)) >= 0.8
 
 
 def test_the_cells_that_voted_are_where_they_were_in_the_image() -> None:
@@ -273,7 +322,7 @@ def compared(student_px: float, said_px: float) -> AgainstTeachers:
     """A student beside good teachers, both on the same frames."""
     truths: list[Pose] = []
     world = World(votes=(6, 10))
-    told = label_frames(teachers(world, 0.4), scenes(world, 60, truths), SURE, 60, progress=False)
+    told = label_frames(teachers(world, 0.4), scenes(world, 60, truths), SURE, 0.9, 60, progress=False)
     student = teachers(world, student_px, said_px)
     return against_teachers(student, scenes(world, 60, []), told.labels, list(range(60)), 60, progress=False)
 
@@ -294,7 +343,7 @@ def test_a_student_that_is_surer_than_it_may_be_is_corrected_and_another_is_left
 def test_what_the_teachers_refused_counts_too() -> None:
     truths: list[Pose] = []
     world = World(votes=(6, 10))
-    told = label_frames(teachers(world, 0.4), scenes(world, 30, truths), SURE, 30, progress=False)
+    told = label_frames(teachers(world, 0.4), scenes(world, 30, truths), SURE, 0.9, 30, progress=False)
     marked = [replace(item, refused=UNSURE if item.frame % 2 else "") for item in told.labels]
     found = against_teachers(teachers(world, 0.8), scenes(world, 30, []), marked, [0] * 30, 30, progress=False)
     assert found.accepted.teachers + found.refused.teachers == found.all.teachers == len(told.labels)

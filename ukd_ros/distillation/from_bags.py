@@ -36,7 +36,13 @@ from ukd_ros.distillation.frames import Frames
 from ukd_ros.distillation.from_bags_report import BagStory, write_story
 from ukd_ros.distillation.label_store import stored_labels
 from ukd_ros.distillation.parallel import Processes
-from ukd_ros.distillation.pseudo_labels import PseudoLabelOptions, PseudoLabels, agreeing, label_frames
+from ukd_ros.distillation.pseudo_labels import (
+    PseudoLabelOptions,
+    PseudoLabels,
+    agreeing,
+    label_frames,
+    required_on,
+)
 from ukd_ros.distillation.teacher import Ensemble, member_files, member_models
 from ukd_ros.distillation.train import object_models, open_folders, train_device
 from ukd_ros.distillation.unlabelled import propose
@@ -162,6 +168,7 @@ class _Work:
         self.processes = Processes.from_environment()
         self.models: list[ObjectModel] = []
         self.calibration: Calibration | None = None
+        self.least = 1.1
         self.labels: dict[str, PseudoLabels] = {}
 
     # ---- what is asked for ------------------------------------------------------------------------------------
@@ -255,7 +262,7 @@ class _Work:
         return ensemble_estimator(self.ensemble, self.models, sizes, options, self.calibration)
 
     def calibrate_teachers(self) -> None:
-        """Fit how sure the ensemble may be, on held-out renders; kept in teachers.json."""
+        """Fit how sure the ensemble may be, and how sure it must be, on held-out renders; kept in teachers.json."""
         if self.held_out is None:
             logger.warning(
                 "no held-out renders were given: nothing says how sure the teachers may be, nothing is labelled"
@@ -263,17 +270,25 @@ class _Work:
             return
         path = self.out / "teachers.json"
         views = BopDataset(self.held_out)
-        asked = {"teachers": self.ensemble.identity, "views": [len(views), self.config.calibrate_views]}
+        count = min(self.config.calibrate_views, len(views))
+        labels = json.loads(json.dumps(to_mapping(self.config.labels)))
+        asked = {"teachers": self.ensemble.identity, "views": [len(views), count], "labels": labels}
         if self.processes.rank == 0 and not _same(path, asked):
-            report = calibrate(
-                self.estimator(), views, CalibrationOptions(), self.config.calibrate_views, self.progress
-            )
+            report = calibrate(self.estimator(), views, CalibrationOptions(), count, self.progress)
             logger.info("the teachers on %s:\n%s", self.held_out, report.table())
-            told = {**asked, "calibration": calibration_data(report.calibration), "table": report.table()}
+            self.calibration = report.calibration
+            # of other views where there are any
+            chosen = range(count, 2 * count) if len(views) >= 2 * count else range(count)
+            least = required_on(self.estimator(), views, chosen, self.config.labels, self.progress)
+            told = {**asked, "least": least, "calibration": calibration_data(report.calibration)}
+            told["table"] = report.table()
             write_bytes(path, (json.dumps(told, indent=1) + "\n").encode())
         self.processes.any(False)
-        values = json.loads(path.read_text(encoding="utf-8"))["calibration"]
-        self.calibration = Calibration(**values)
+        told = json.loads(path.read_text(encoding="utf-8"))
+        self.calibration, self.least = Calibration(**told["calibration"]), float(told["least"])
+        if self.least > 1.0:
+            share = f"{self.config.labels.sure:.0%}"
+            logger.warning("%s: the surest poses are not right to %s, so nothing is labelled", self.held_out, share)
 
     def label(self) -> None:
         """Ask the teachers for labels of all frames, of those held out too."""
@@ -289,12 +304,13 @@ class _Work:
                 "calibration": calibration_data(self.calibration),
                 "frames": frames.fingerprint(),
                 "settings": json.loads(json.dumps(to_mapping(self.config.labels))),
+                "least": self.least,
                 "zoom_rounds": self.config.zoom_rounds,
             }
 
             def ask(shard: range, frames: Frames = frames) -> PseudoLabels:
                 return label_frames(
-                    estimator, frames.some(shard), self.config.labels, len(shard), progress=self.progress
+                    estimator, frames.some(shard), self.config.labels, self.least, len(shard), progress=self.progress
                 )
 
             found = stored_labels(self.out / "labels" / name, note, len(frames), ask, self.processes)

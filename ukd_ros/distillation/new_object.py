@@ -50,6 +50,9 @@ MARGIN = 0.05
 PUBLISHING = "publishing"
 """The decision that marks a model folder as this work's own, also when it was killed right then."""
 
+PROBE_PART = 0.4
+"""A trial that takes longer than this part of the budget leaves too little for anything."""
+
 LEAST_STEPS = 30
 """Fewer training steps than these teach nothing: better to say so at once than after five minutes."""
 
@@ -207,7 +210,7 @@ class _Chain:
     def run(self) -> NewObjectResult:
         """Do all stages; see `new_object`."""
         self._say_what_is_left_out()
-        rates = Rates(**self.stage("probe", lambda: asdict(self.stages.probe(self.with_teachers))))
+        rates = Rates(**self.stage("probe", self._probe))
         self.stages.tune(rates)
         plan = Plan.from_data(self.state.decide("plan", lambda: self._plan(rates).as_data()))
         logger.info("%s", plan.sentence())
@@ -247,6 +250,20 @@ class _Chain:
                 )
         for warning in self.warnings:
             logger.warning("%s", warning)
+
+    def _probe(self) -> dict[str, Any]:
+        """Measure this machine; NewObjectError when that alone takes too much of the budget."""
+        end = self.left_s() - PROBE_PART * self.request.budget_s
+        try:
+            return asdict(self.stages.probe(self.with_teachers, lambda: self.left_s() - end))
+        except Stopped as stop:
+            if self.left_s() > end:  # somebody else asked to stop
+                raise
+            raise NewObjectError(
+                f"this machine is too busy or too slow: a trial of 32 renders and six training steps did not end in "
+                f"{PROBE_PART * self.request.budget_s:.0f} s; give more than {self.request.budget_s / 60:.0f}m, or end "
+                f"other programs (and delete {self.request.work})."
+            ) from stop
 
     def _plan(self, rates: Rates) -> Plan:
         """Plan from what the probe has left; NewObjectError when the machine is too busy for anything."""

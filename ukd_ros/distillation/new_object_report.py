@@ -23,7 +23,7 @@ COVERAGE_BAND = (0.90, 0.98)
 ENOUGH_ANSWERS = 100
 """Below so many answered poses a coverage of 95 % is told to no better than four points."""
 
-HOLES = 0.02
+HOLES = 0.05
 """Share of open edges above which a mesh is said to have holes."""
 
 
@@ -68,6 +68,8 @@ def verdict(story: Story) -> str:
         return text + "It answered none of them, so nothing is known of its error bars."
     low, high = COVERAGE_BAND
     believed = "as promised" if low <= coverage <= high else "not the 90 to 98 % that are aimed at"
+    if found["answered"] < ENOUGH_ANSWERS:
+        believed += f" (of fewer than {ENOUGH_ANSWERS} poses, so roughly)"
     return text + (
         f"Half of its answers are off by less than {found['translation_mm']:.1f} mm and {found['rotation_deg']:.1f} "
         f"degrees. Its 95 % ellipsoid holds {coverage:.1%} of {found['answered']} poses, {believed}."

@@ -116,8 +116,8 @@ class Trained:
 class Stages(Protocol):
     """What the chain calls. Seconds left are asked for again and again: they pass while a stage works."""
 
-    def probe(self, ensemble: bool) -> Rates:
-        """Time a few renders and training steps; RendererError where there is no headless OpenGL."""
+    def probe(self, ensemble: bool, left_s: Callable[[], float]) -> Rates:
+        """Time a few renders and training steps; RendererError without headless OpenGL, Stopped when the time is up."""
         ...
 
     def tune(self, rates: Rates) -> None:
@@ -176,12 +176,18 @@ class RealStages:
         """Return where the renders of a kind lie."""
         return self.work / "renders" / kind
 
-    def probe(self, ensemble: bool) -> Rates:
+    def probe(self, ensemble: bool, left_s: Callable[[], float]) -> Rates:
         """See `Stages`; the images are the first ones of those for calibration, so they are not lost."""
         shutil.rmtree(self.folder("calibrate"), ignore_errors=True)  # of an interrupted probe: it would take no time
         ticks: list[tuple[int, float]] = []
         start = self._now()
-        with listening(lambda p: ticks.append((p.done, self._now()))):
+
+        def watch(progress: Progress) -> None:
+            ticks.append((progress.done, self._now()))
+            if left_s() <= 0.0:
+                raise Stopped("the time for the trial is up")
+
+        with listening(watch):
             self._render("calibrate", PROBE_IMAGES)
         took = self._now() - start
         # the first half comes with the start of the processes; with many of them everything comes at once
@@ -190,16 +196,16 @@ class RealStages:
         image_s = max(late, 0.5 * took / PROBE_IMAGES)
         cores = len(os.sched_getaffinity(0))
         choices = [max(1, cores // self.config.teachers)] if ensemble else sorted({1, cores})
-        best, threads = self._time_steps(choices[0], ensemble), choices[0]
+        best, threads = self._time_steps(choices[0], ensemble, limit_s=max(1.0, left_s())), choices[0]
         for more in choices[1:]:
             try:
-                timed = self._time_steps(more, ensemble, limit_s=PROBE_STEPS * best[1])
+                timed = self._time_steps(more, ensemble, limit_s=min(PROBE_STEPS * best[1], left_s()))
             except Stopped:  # threads that wait for cores in use by others are slower than one
                 continue
             best, threads = (timed, more) if timed[1] < best[1] else (best, threads)
         return Rates(max(0.0, took - PROBE_IMAGES * image_s), image_s, *best, threads)
 
-    def _time_steps(self, threads: int, ensemble: bool, limit_s: float = math.inf) -> tuple[float, float]:
+    def _time_steps(self, threads: int, ensemble: bool, limit_s: float) -> tuple[float, float]:
         """Return the seconds until the first step, and per step, of a training with so many threads.
 
         Stopped when steps take longer than `limit_s` together.
@@ -280,16 +286,13 @@ class RealStages:
     def _paced(self, left_s: Callable[[], float], reserve_s: float) -> Iterator[Pace]:
         """Listen to a training; a stop for want of time is no error."""
         pace = Pace(left_s, reserve_s, self._tell, self._now)
-        threads = self.threads
 
         def watch(progress: Progress) -> None:
-            nonlocal threads
             pace(progress)
             slow = pace.step_s is not None and progress.done > 2 and pace.step_s > STARVED * self._step_s
-            if slow and threads != 1 and torch.get_num_threads() > 1:
+            if slow and torch.get_num_threads() > 1:
                 # every thread waits for the last one: with a core taken away one alone is several times as fast
                 logger.warning("a step takes %.1f s, not %.1f: going on with one thread", pace.step_s, self._step_s)
-                threads = 1
                 torch.set_num_threads(1)
                 pace.forget()
 

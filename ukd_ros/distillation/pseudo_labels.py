@@ -2,22 +2,23 @@
 """Frames that nobody labelled, labelled by the teachers where they are sure.
 
 Every frame goes through the ensemble's estimator (`ensemble_estimator`): the same search, zoom, PnP and gates as on the
-robot. A pose becomes a label when its *calibrated* covariance says that it is right (the probability that ADD stays
-below a tenth of the diameter), when its keypoints agree with one another, and when the neighbouring frames do not speak
-against it. Whatever is refused is counted by its reason.
+robot. Its *calibrated* covariance gives the probability that ADD stays below a tenth of the diameter. That orders poses
+well and is itself too modest where errors have long tails, so what it takes to be a label is measured (`required`): the
+lowest probability above which so many poses on held-out renders were right. A label's keypoints must also agree with
+one another, and the neighbouring frames must not speak against it. Whatever is refused is counted by its reason.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 
-from ukd_ros.data.dataset import SupposedObject
+from ukd_ros.data.dataset import LabelledViews, SupposedObject
 from ukd_ros.data.progress import Bar
 from ukd_ros.geometry.arrays import FloatArray
 from ukd_ros.geometry.estimate import PoseEstimate, Rejection
@@ -25,10 +26,13 @@ from ukd_ros.geometry.metrics import add
 from ukd_ros.geometry.object_model import ObjectModel
 from ukd_ros.geometry.pose import Pose, exp_so3, log_so3
 from ukd_ros.geometry.symmetry import nearest, without_free_turns
-from ukd_ros.geometry.view import View
+from ukd_ros.geometry.view import ObjectLabel, View
 from ukd_ros.perception.estimator import PoseEstimator
 from ukd_ros.perception.network import STRIDES
 from ukd_ros.perception.votes import VoteInstance
+
+LEAST_RIGHT = 10
+"""Fewer accepted poses on held-out renders than these promise nothing."""
 
 DRAWS = 256
 """Poses drawn from a covariance to see how often ADD stays small (a share of 0.9 is known to ± 0.02)."""
@@ -45,8 +49,11 @@ class PseudoLabelOptions:
         default=0.1, metadata={"help": "What counts as right: ADD below this share of the diameter.", "unit": "share"}
     )
     sure: float = field(
-        default=0.9,
-        metadata={"help": "Least probability, by the calibrated covariance, that the pose is right.", "unit": "0..1"},
+        default=0.95,
+        metadata={
+            "help": "Share of accepted labels that must be right on held-out renders; elsewhere it is less.",
+            "unit": "0..1",
+        },
     )
     min_score: float = field(default=0.4, metadata={"help": "Least score of the ensemble.", "unit": "0..1"})
     max_chi2: float = field(
@@ -151,12 +158,14 @@ def label_frames(
     estimator: PoseEstimator,
     frames: Iterable[tuple[int, View]],
     options: PseudoLabelOptions,
+    least: float,
     total: int | None = None,
     progress: bool = True,
 ) -> PseudoLabels:
     """Label frames (number and view) by an estimator whose covariance is calibrated; neighbours are not yet asked.
 
-    `agreeing` does that, once all frames of a bag are there.
+    least: the probability from which a pose is a label, as `required` gives it. `agreeing` asks the neighbours, once
+    all frames of a bag are there.
     """
     labels: list[PseudoLabel] = []
     refused: Counter[str] = Counter()
@@ -172,13 +181,19 @@ def label_frames(
             if isinstance(answer, Rejection):
                 refused[answer.reason.value] += 1
                 continue
-            labels.append(_judged(number, instance, answer, estimator.objects[instance.class_index], options))
+            model = estimator.objects[instance.class_index]
+            labels.append(_judged(number, instance, answer, model, options, least))
     refused.update(label.refused for label in labels if label.refused)
     return PseudoLabels(tuple(labels), count, dict(refused))
 
 
 def _judged(
-    frame: int, instance: VoteInstance, estimate: PoseEstimate, model: ObjectModel, options: PseudoLabelOptions
+    frame: int,
+    instance: VoteInstance,
+    estimate: PoseEstimate,
+    model: ObjectModel,
+    options: PseudoLabelOptions,
+    least: float,
 ) -> PseudoLabel:
     """Return the label of one estimate, refused where it is not sure enough."""
     chance = probability_right(estimate.T_camera_object, estimate.cov, model, options.error)
@@ -187,10 +202,56 @@ def _judged(
         why = LOW_SCORE
     elif estimate.chi2 > options.max_chi2 * max(estimate.dof, 1) or estimate.inliers.mean() < options.min_inliers:
         why = INCONSISTENT
-    elif chance < options.sure:
+    elif chance < least:
         why = UNSURE
     pose, cov, score = estimate.T_camera_object, estimate.cov, estimate.score
     return PseudoLabel(frame, instance.class_index, pose, cov, score, chance, voting_patches(instance), why)
+
+
+def required(labels: Sequence[PseudoLabel], right: Sequence[bool], share: float) -> float:
+    """Return the lowest probability from which on at least `share` of labels were right; above 1 where none was.
+
+    labels: of frames whose truth is known, with `right` for each; those refused for another reason than doubt do not
+    count. One wrong label more than there were is assumed, and ten right ones are the least.
+    """
+    rows = sorted(
+        ((item.probability, good) for item, good in zip(labels, right, strict=True) if item.refused in ("", UNSURE)),
+        reverse=True,
+    )
+    found, good = 1.1, 0
+    for taken, (probability, correct) in enumerate(rows, start=1):
+        good += correct
+        last = taken == len(rows) or rows[taken][0] < probability
+        if last and good >= LEAST_RIGHT and good >= share * (taken + 1):
+            found = probability
+    return found
+
+
+def required_on(
+    estimator: PoseEstimator,
+    views: LabelledViews,
+    numbers: Sequence[int],
+    options: PseudoLabelOptions,
+    progress: bool = True,
+) -> float:
+    """Return `required` on labelled views: the estimator's poses there are right or wrong by their nearest label."""
+    truths: dict[int, Sequence[ObjectLabel]] = {}
+
+    def frames() -> Iterator[tuple[int, View]]:
+        for number in numbers:
+            view = views.view(number)
+            truths[number] = view.objects
+            yield number, view
+
+    found = label_frames(estimator, frames(), options, 0.0, len(numbers), progress)
+    right = []
+    for item in found.labels:
+        model = estimator.objects[item.class_index]
+        same = [label.T_camera_object for label in truths[item.frame] if label.object_name == model.name]
+        motions = model.symmetries.poses()
+        errors = [add(item.T_camera_object, pose @ motion, model.keypoints_3d) for pose in same for motion in motions]
+        right.append(min(errors, default=np.inf) < options.error * model.diameter)
+    return required(found.labels, right, options.sure)
 
 
 def probability_right(pose: Pose, cov: FloatArray, model: ObjectModel, error: float) -> float:
