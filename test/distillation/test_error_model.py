@@ -179,3 +179,8 @@ def test_heavy_tails_are_covered_after_scaling() -> None:
 def test_too_few_samples_are_refused() -> None:
     with pytest.raises(ValueError, match="too few"):
         fit_likelihood(draw(5, TRUTH, np.random.default_rng(6)))
+
+
+def test_poses_in_one_fold_alone_are_an_error_that_says_so() -> None:
+    with pytest.raises(ValueError, match="too little to be calibrated"):
+        scaled_to_coverage(Calibration(), np.zeros(0))

@@ -235,8 +235,13 @@ def fit_pose_level(samples: ErrorSamples, start: Calibration, with_modes: bool =
 def scaled_to_coverage(start: Calibration, squares: FloatArray, level: float = 0.95) -> Calibration:
     """Scale the whole covariance so that ``level`` of poses lie inside their ellipsoid, given their NEES [n] under it.
 
-    A common factor changes no weight between keypoints, only how sure the pose is.
+    A common factor changes no weight between keypoints, only how sure the pose is. ValueError when no pose was solved.
     """
+    if len(squares) == 0:
+        raise ValueError(
+            "all poses that were solved are in one part of the views, and the others cannot tell how sure they may be: "
+            "the student finds too little to be calibrated; train it longer, or give more views."
+        )
     factor = float(np.quantile(squares, level)) / chi2_quantile(level, 6)
     return replace(start, block_factor=start.block_factor * factor, modes=start.modes * factor)
 

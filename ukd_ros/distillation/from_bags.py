@@ -43,9 +43,9 @@ from ukd_ros.distillation.pseudo_labels import (
     label_frames,
     required_on,
 )
-from ukd_ros.distillation.teacher import Ensemble, member_files, member_models
+from ukd_ros.distillation.teacher import Ensemble, TeacherError, member_files, member_models
 from ukd_ros.distillation.train import object_models, open_folders, train_device
-from ukd_ros.distillation.unlabelled import propose
+from ukd_ros.distillation.unlabelled import kept_proposals
 from ukd_ros.geometry.object_model import ObjectModel
 from ukd_ros.perception.estimator import EstimatorOptions, PoseEstimator
 from ukd_ros.perception.manifest import calibration_data
@@ -224,7 +224,7 @@ class _Work:
             known = {model.name: model for model in (member_models(files[0]) if files else ())}
             unknown = set(self.objects) - set(known)
             if unknown:
-                raise ValueError(f"{files[0]}: knows {', '.join(known)}, not {', '.join(sorted(unknown))}")
+                raise TeacherError(f"{files[0]}: knows {', '.join(known)}, not {', '.join(sorted(unknown))}")
             self.models = [known[name] for name in (self.objects or known)]
         device = train_device(distilling, self.processes)
         self.ensemble = Ensemble.load(
@@ -339,7 +339,11 @@ class _Work:
         """Return what the student learns from: renders, accepted labels, and frames with the teachers' votes alone."""
         config = self.config.distill
         views = [self.frames.view(number) for number in range(len(self.frames))]
-        boxes = propose(self.ensemble, views, config.window.locate_width, self.progress)
+        place, which = self.out / "proposals.json", self.frames.fingerprint()
+        if self.processes.rank == 0:
+            kept_proposals(place, self.ensemble, views, which, config.window.locate_width, self.progress)
+        self.processes.any(False)
+        boxes = kept_proposals(place, self.ensemble, views, which, config.window.locate_width, False)
         supposed = [
             (views[number], [label.supposed(*_size(views[number])) for label in labels])
             for number, labels in self.labels["train"].by_frame().items()

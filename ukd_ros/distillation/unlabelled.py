@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ukd_ros.data.bop import BopDataset
 from ukd_ros.data.bop_check import check_bop
 from ukd_ros.data.dataset import UnlabelledWindows, WindowConfig
 from ukd_ros.data.progress import Bar
+from ukd_ros.data.whole_files import write_bytes
 from ukd_ros.distillation.guidance import seen
 from ukd_ros.distillation.teacher import Ensemble
 from ukd_ros.geometry.arrays import FloatArray
@@ -41,6 +43,29 @@ def propose(
         image = torch.from_numpy(crop.warp(view.image)).permute(2, 0, 1)[None].to(device, torch.float32)
         found = ensemble.predict(image)
         boxes += [(number, np.round(instance.to_source(crop).box)) for instance in seen(found, 0)]
+    return boxes
+
+
+def kept_proposals(
+    path: Path, ensemble: Ensemble, views: Sequence[View], which: str, locate_width: int, progress: bool = True
+) -> list[tuple[int, FloatArray]]:
+    """Return `propose`'s boxes from a file, where it holds those of this ensemble and these views (`which`); else ask.
+
+    Asking leaves the file.
+    """
+    asked = [ensemble.identity, which, locate_width]
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        rows: list[tuple[int, FloatArray]] = [
+            (int(number), np.array(box, np.float64).reshape(4)) for number, box in told["boxes"]
+        ]
+        if told["asked"] == asked and all(0 <= n < len(views) and np.isfinite(box).all() for n, box in rows):
+            return rows
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none yet, or of another question: it is asked anew
+    boxes = propose(ensemble, views, locate_width, progress)
+    told = {"asked": asked, "boxes": [[number, box.tolist()] for number, box in boxes]}
+    write_bytes(path, (json.dumps(told) + "\n").encode())
     return boxes
 
 
