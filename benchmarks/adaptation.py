@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a bag without labels is worth: students adapted on it beside the same students without it, seed by seed.
 
-Every student starts from the same weights, takes the same number of steps beside the same teachers, and is calibrated
-on the same renders; `unadapted` sees renders alone, the other rows of the YAML file (`FromBagsConfig` settings over the
-file's own) also the bag. The bag is made from a BOP folder whose labels are kept back; where they are known, accepted
-labels are compared with them. What is done is kept in OUT, so an interrupted call goes on.
+Of one seed every student starts from the same weights (--initial), takes the same number of steps beside the same
+teachers, and is calibrated on the same renders; `unadapted` sees renders alone, the other rows of the YAML file
+(`FromBagsConfig` settings over the file's own) also the bag. The bag is made from a BOP folder whose labels are kept
+back; where they are known, accepted labels are compared with them. What is done is kept in OUT, so an interrupted call
+goes on.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ class Bench:
         from ukd_ros.distillation.from_bags import FromBagsConfig
 
         words = [*self.table.set, *row.set, *self.options.set, f"distill.seed={seed}"]
+        if self.options.initial:
+            words.append(f"distill.initial={self.options.initial[seed % len(self.options.initial)]}")
         last = {word.partition("=")[0]: word for word in words}
         return load_config(FromBagsConfig, self.options.config.parent / self.table.from_bags, list(last.values()))
 
@@ -222,6 +225,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ukd bench adaptation", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="YAML file with the rows")
     parser.add_argument("--teacher", type=Path, action="append", required=True, help="run of a teacher; again for more")
+    words = "run that a student starts from, one for each seed: from the same weights seeds would not differ"
+    parser.add_argument("--initial", type=Path, nargs="+", default=[], metavar="RUN", help=words)
     parser.add_argument("--renders", type=Path, action="append", required=True, help="BOP folder to train on")
     parser.add_argument("--held-out", type=Path, required=True, help="labelled renders to calibrate on")
     words = "photographs for the bag"
