@@ -25,7 +25,13 @@ from ukd_ros.data.progress import Progress, Stopped, listening
 from ukd_ros.distillation.checkpoint import load_checkpoint
 from ukd_ros.distillation.distill import DistillConfig
 from ukd_ros.distillation.frames import Frames
-from ukd_ros.distillation.from_bags import FromBagsConfig, FromBagsResult, _Work, distill_from_bags
+from ukd_ros.distillation.from_bags import (
+    FromBagsConfig,
+    FromBagsResult,
+    _Work,
+    distill_from_bags,
+    supposed_windows_share,
+)
 from ukd_ros.distillation.label_store import LabelError
 from ukd_ros.geometry.metrics import add
 from ukd_ros.geometry.pose import Pose
@@ -215,6 +221,15 @@ def test_the_command_is_killed_and_goes_on(teachers: Path, tmp_path: Path) -> No
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "ros2 launch ukd_ros pose.launch.py model:=" in done.stdout
+
+
+def test_few_labels_are_not_learnt_by_heart() -> None:
+    config = FromBagsConfig(distill=DistillConfig(steps=300, batch_size=32))
+    assert supposed_windows_share(config, 0) == 0.0
+    assert supposed_windows_share(config, 10) == pytest.approx(10 * 40 / 9600)
+    assert supposed_windows_share(config, 1000) == config.supposed_share
+    with pytest.raises(ValueError, match="windows_per_label"):
+        FromBagsConfig(windows_per_label=0)
 
 
 def test_the_shipped_settings_load() -> None:

@@ -75,7 +75,8 @@ class FromBagsConfig:
 
     `bags`: how frames are taken. `labels`: when a teacher's pose is a label. `distill`: how the student is trained; its
     `unlabelled_share` of windows is cut from frames without looking at labels, and there the teachers' votes alone
-    teach. `supposed_share`: share of windows cut around accepted labels. `calibrate_views`: renders of `held_out` used
+    teach. `supposed_share`: share of windows cut around accepted labels, less where that were more than
+    `windows_per_label` of each: few labels would be learnt by heart. `calibrate_views`: renders of `held_out` used
     for the teachers' calibration and for the student's. `name` of the model (empty: that of the folder).
     """
 
@@ -83,6 +84,7 @@ class FromBagsConfig:
     labels: PseudoLabelOptions = field(default_factory=PseudoLabelOptions)
     distill: DistillConfig = field(default_factory=DistillConfig)
     supposed_share: float = 0.25
+    windows_per_label: int = 40
     calibrate_views: int = 300
     zoom_rounds: int = 3
     name: str = ""
@@ -94,8 +96,9 @@ class FromBagsConfig:
                 f"supposed_share: is {self.supposed_share}, but with distill.unlabelled_share "
                 f"{self.distill.unlabelled_share} it must stay below {1.0 - self.distill.unlabelled_share:.2f}."
             )
-        if self.calibrate_views < 1 or self.zoom_rounds < 1:
-            raise ValueError("calibrate_views, zoom_rounds: at least 1 is needed.")
+        for name in ("calibrate_views", "zoom_rounds", "windows_per_label"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: is {getattr(self, name)}, but at least 1 is needed.")
 
 
 @dataclass(frozen=True)
@@ -352,18 +355,17 @@ class _Work:
         if boxes:
             strange = UnlabelledWindows(views, boxes, self.models, config.window, config.window_seed)
             parts.append((strange, config.unlabelled_share))
-        if supposed and self.config.supposed_share > 0.0:
-            parts.append(
-                (SupposedWindows(supposed, self.models, config.window, config.window_seed), self.config.supposed_share)
-            )
+        share = supposed_windows_share(self.config, len(self.labels["train"].accepted))
+        if share > 0.0:
+            parts.append((SupposedWindows(supposed, self.models, config.window, config.window_seed), share))
         if not parts:
             counts = _counted(self.labels["train"])
             raise ValueError(NOTHING_SEEN.format(count=len(views), counts=counts, advice=advice(self.labels["train"])))
         if not self.renders:
             if len(parts) == 1:
                 return parts[0][0]
-            share = self.config.supposed_share / (self.config.supposed_share + config.unlabelled_share)
-            return MixedWindows(parts[0][0], [(parts[1][0], share)], config.window_seed)
+            alone = share / (share + config.unlabelled_share)
+            return MixedWindows(parts[0][0], [(parts[1][0], alone)], config.window_seed)
         data, _, _ = open_folders(
             config, self.renders, objects=self.objects, progress=self.progress, seed=config.window_seed
         )
@@ -409,6 +411,11 @@ class _Work:
         done = self.finished()
         assert done is not None  # the first process has written it
         return done
+
+
+def supposed_windows_share(config: FromBagsConfig, labels: int) -> float:
+    """Return the share of windows to be cut around so many accepted labels."""
+    return min(config.supposed_share, config.windows_per_label * labels / config.distill.window_count)
 
 
 def advice(labels: PseudoLabels) -> str:
