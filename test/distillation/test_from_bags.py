@@ -185,7 +185,12 @@ def test_teachers_of_another_object_are_refused_before_the_bag_is_read(
         distill_from_bags(
             SHORT, [BAG], [teachers], tmp_path / "out", held_out=held_out, objects=["driller"], progress=False
         )
-    assert not (tmp_path / "out" / "frames").exists()
+    assert not (tmp_path / "out").exists()  # the right words may follow in the same folder
+    with pytest.raises(ValueError, match="nowhere"):
+        distill_from_bags(SHORT, [BAG], [tmp_path / "nowhere"], tmp_path / "out", held_out=held_out, progress=False)
+    with pytest.raises(RuntimeError, match="nowhere"):
+        distill_from_bags(SHORT, [tmp_path / "nowhere"], [teachers], tmp_path / "out", progress=False)
+    assert not (tmp_path / "out" / "request.json").exists()
 
 
 def test_damaged_labels_are_named(finished: tuple[Path, FromBagsResult], teachers: Path, held_out: Path) -> None:

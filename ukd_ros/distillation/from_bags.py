@@ -53,7 +53,7 @@ from ukd_ros.perception.votes import Calibration
 
 logger = logging.getLogger(__name__)
 
-RESULT = "result.json"
+RESULT, REQUEST = "result.json", "request.json"
 NOTHING_SEEN = "the teachers see nothing in any of the {count} frames: {counts}. {advice}"
 ADVICE = {
     "nothing_found": "look whether the frames show the object (ukd bag to-bop), lit and large enough, and whether the "
@@ -135,7 +135,7 @@ def distill_from_bags(
     `time_budget_s` is over, with everything kept.
     """
     work = _Work(config, tuple(bags), tuple(teachers), out, tuple(renders), held_out, tuple(objects), progress)
-    work.claim(resume)
+    work.compare(resume)
     done = work.finished()
     if done is not None:
         logger.info("%s: is finished already", out)
@@ -143,6 +143,7 @@ def distill_from_bags(
     started = time.monotonic()
     work.open()
     work.take_frames()
+    work.claim()  # only now: a path mistyped at first must not spoil the folder
     work.calibrate_teachers()
     work.label()
     left = None if time_budget_s is None else max(1.0, time_budget_s - (time.monotonic() - started))
@@ -166,7 +167,8 @@ class _Work:
         objects: tuple[str, ...],
         progress: bool,
     ) -> None:
-        self.config, self.bags, self.teachers, self.out = config, bags, teachers, out
+        self.asked = self.config = config
+        self.bags, self.teachers, self.out = bags, teachers, out
         self.renders, self.held_out, self.objects, self.progress = renders, held_out, objects, progress
         self.processes = Processes.from_environment()
         self.models: list[ObjectModel] = []
@@ -176,33 +178,39 @@ class _Work:
 
     # ---- what is asked for ------------------------------------------------------------------------------------
 
-    def claim(self, resume: bool) -> None:
-        """Write down what `out` is for, or compare with what stands there."""
-        mine = {
-            "config": json.loads(json.dumps(to_mapping(self.config), default=str)),
+    def request(self) -> dict[str, Any]:
+        """Return what is asked for, as plain data."""
+        return {
+            "config": json.loads(json.dumps(to_mapping(self.asked), default=str)),
             "bags": [str(path.resolve()) for path in self.bags],
             "teachers": [str(path.resolve()) for path in self.teachers],
             "renders": [str(path.resolve()) for path in self.renders],
             "held_out": None if self.held_out is None else str(self.held_out.resolve()),
             "objects": list(self.objects),
         }
-        path = self.out / "request.json"
-        if path.is_file():
-            if not resume:
-                raise FileExistsError(f"{self.out}: holds an earlier run; resume it, or choose another folder")
-            try:
-                theirs = json.loads(path.read_text(encoding="utf-8"))
-                differing = [key for key in mine if theirs.get(key) != mine[key]]
-            except (ValueError, AttributeError) as error:
-                raise ValueError(f"{path}: is no request of an earlier run ({error}); choose another folder") from error
-            if differing:
-                raise ValueError(
-                    f"{path}: the run in this folder was asked for with other {', '.join(differing)}; ask for the same "
-                    "again, or choose another folder"
-                )
-        elif self.processes.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            write_bytes(path, (json.dumps(mine, indent=1) + "\n").encode())
+
+    def compare(self, resume: bool) -> None:
+        """Refuse a folder that an earlier run with another request has; ValueError names what differs."""
+        path, mine = self.out / REQUEST, self.request()
+        if not path.is_file():
+            return
+        if not resume:
+            raise FileExistsError(f"{self.out}: holds an earlier run; resume it, or choose another folder")
+        try:
+            theirs = json.loads(path.read_text(encoding="utf-8"))
+            differing = [key for key in mine if theirs.get(key) != mine[key]]
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: is no request of an earlier run ({error}); choose another folder") from error
+        if differing:
+            raise ValueError(
+                f"{path}: the run in this folder was asked for with other {', '.join(differing)}; ask for the same "
+                "again, or choose another folder"
+            )
+
+    def claim(self) -> None:
+        """Write down what `out` is for."""
+        if self.processes.rank == 0 and not (self.out / REQUEST).is_file():
+            write_bytes(self.out / REQUEST, (json.dumps(self.request(), indent=1) + "\n").encode())
         self.processes.any(False)
 
     def finished(self) -> FromBagsResult | None:
