@@ -9,7 +9,8 @@ from cubes import CUBE, CubeViews
 
 from ukd_ros.data.dataset import TrainingSample, WindowConfig, WindowDataset, WindowObject
 from ukd_ros.distillation.assignment import BACKGROUND, IGNORED, POSITIVE, assign, level_shares
-from ukd_ros.perception.network import STRIDES, cell_geometry
+from ukd_ros.perception.cells import STRIDES
+from ukd_ros.perception.network import cell_geometry
 
 
 def _sample(size_px: float, box: tuple[int, int, int, int], ignored: bool = False) -> TrainingSample:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from ukd_ros.distillation.losses import focal_loss, gaussian_nll, ray_loss
+from ukd_ros.distillation.losses import focal_loss, gaussian_nll, pose_loss, ray_loss
+from ukd_ros.geometry.pose import Pose, exp_so3
 
 
 def test_focal_loss_by_hand() -> None:
@@ -46,6 +47,56 @@ def test_ray_loss_gradient_is_finite_at_the_truth_and_right_elsewhere() -> None:
     assert at_truth.grad is not None and torch.isfinite(at_truth.grad).all() and at_truth.grad.abs().max() < 1e-6
     moved = (truth + torch.randn_like(truth) * 8).requires_grad_()
     assert torch.autograd.gradcheck(lambda xy: ray_loss(xy, points, matrix, diameter), (moved,))
+
+
+def _projected(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    h = points @ matrix.T
+    return np.asarray(h[:, :2] / h[:, 2:])
+
+
+def test_pose_loss_is_how_far_the_keypoints_move_the_pose() -> None:
+    """Keypoints of a pose a little beside the truth: the root mean square of their displacements over the diameter."""
+    rng = np.random.default_rng(3)
+    turned = np.array([[300.0, 40.0, 60.0], [-40.0, 300.0, 70.0], [0.0, 0.0, 1.0]])  # a window that is turned as well
+    model = rng.normal(size=(12, 3)) * 0.06
+    truth = Pose(exp_so3(np.array([0.4, -0.9, 0.3])), np.array([0.03, -0.02, 0.7]))
+    shift = np.array([4e-4, -3e-4, 2e-3])
+    turn = np.array([2e-3, 1e-3, -1.5e-3])
+    moved = Pose(exp_so3(turn) @ truth.rotation, truth.translation + shift)
+    points = truth.transform(model)
+    displaced = float(np.sqrt(np.mean(np.sum((moved.transform(model) - points) ** 2, 1)))) / 0.2
+    xy, target = (torch.from_numpy(_projected(p, turned))[None] for p in (moved.transform(model), points))
+    rest = torch.from_numpy(points)[None], torch.from_numpy(np.linalg.inv(turned))[None], torch.tensor([0.2]).double()
+    assert pose_loss(xy, target, *rest).item() == pytest.approx(0.05 * math.log1p((displaced / 0.1) ** 2), rel=2e-2)
+    far = target + 40.0 * (xy - target)
+    assert pose_loss(far, target, *rest).item() == pytest.approx(0.05 * math.log1p((displaced / 0.0025) ** 2), rel=1e-2)
+    assert torch.autograd.gradcheck(lambda value: pose_loss(value, target, *rest), (xy.clone().requires_grad_(),))
+
+
+def test_pose_loss_sees_a_common_scale_that_the_ray_loss_hardly_does() -> None:
+    """As many pixels in all: shared as a shift they cost a pose little, as a scale they are a distance."""
+    rng = np.random.default_rng(4)
+    matrix = np.array([[572.0, 0.0, 320.0], [0.0, 572.0, 240.0], [0.0, 0.0, 1.0]])
+    points = rng.normal(size=(12, 3)) * 0.05 + (0.0, 0.0, 1.0)
+    target = _projected(points, matrix)
+    spread = target - target.mean(0)
+    scale = 0.04 * spread
+    shift = np.tile((np.sqrt(np.mean(np.sum(scale**2, 1))), 0.0), (12, 1))
+    rest = torch.from_numpy(points)[None], torch.from_numpy(np.linalg.inv(matrix))[None], torch.tensor([0.2]).double()
+    truth = torch.from_numpy(target)[None]
+    by_scale, by_shift = (truth + torch.from_numpy(e)[None] for e in (scale, shift))
+    assert pose_loss(by_scale, truth, *rest) > 8.0 * pose_loss(by_shift, truth, *rest)
+    assert ray_loss(by_scale, *rest) < 1.1 * ray_loss(by_shift, *rest)
+
+
+def test_pose_loss_has_finite_gradients_where_the_points_fix_no_pose() -> None:
+    """At the truth, and for points in one place."""
+    points = torch.tensor([0.0, 0.0, 0.5], dtype=torch.float64).expand(1, 6, 3)
+    rest = points + 0.0, torch.linalg.inv(torch.diag(torch.tensor([300.0, 300.0, 1.0]).double()))[None]
+    xy = torch.zeros(1, 6, 2, dtype=torch.float64, requires_grad=True)
+    for target in (xy.detach(), xy.detach() + 1.0):
+        (slope,) = torch.autograd.grad(pose_loss(xy, target, *rest, torch.tensor([0.1]).double()), xy)
+        assert torch.isfinite(slope).all()
 
 
 def test_gaussian_nll_matches_torch_and_is_least_at_the_true_covariance() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -151,6 +153,29 @@ def test_wrong_resumptions_are_refused(data: WindowDataset, tmp_path: Path) -> N
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="checkpoint.pt"):
         train(replace(TINY, steps=3), data, [CUBE], out, progress=False, resume=True)
+
+
+def test_a_full_disk_keeps_the_checkpoint_and_leaves_nothing_half_written(data: WindowDataset, tmp_path: Path) -> None:
+    whole = train(replace(TINY, checkpoint_every=1), data, [CUBE], tmp_path / "whole", progress=False)
+    out = tmp_path / "run"
+    train(replace(TINY, checkpoint_every=1), data, [CUBE], out, progress=False, time_budget_s=0.0)
+    step = load_checkpoint(out / "checkpoint.pt").step
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(
+        signal.SIGXFSZ, signal.SIG_IGN
+    )  # then writing beyond the limit is an error, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"cannot be written .* the one before it is kept; make room"):
+            train(replace(TINY, checkpoint_every=1), data, [CUBE], out, progress=False, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert load_checkpoint(out / "checkpoint.pt").step == step
+    assert not list(out.glob(".checkpoint*"))
+    again = train(replace(TINY, checkpoint_every=1), data, [CUBE], out, progress=False, resume=True)
+    one, other = (load_checkpoint(path.checkpoint).network.state_dict() for path in (whole, again))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(data: WindowDataset, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ class FakeBackend:
                 rows = np.arange(votes) + 30 * number
                 score[rows, index] = 0.9 - 0.05 * number
                 xy[rows, index] = target + self._errors(target, votes)
-        return RawVotes(score, xy, scale)
+        return RawVotes(score, xy, scale, np.full(cells, 64.0, np.float32))
 
     def _errors(self, target: Array, votes: int) -> Array:
         """Draw the errors [votes, K, 2] px: shared by the whole object, by the votes of a keypoint, and their own."""

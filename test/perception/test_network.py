@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from ukd_ros.perception.cells import cell_anchors
 from ukd_ros.perception.network import (
     ARCHITECTURES,
     KeypointNetwork,
@@ -70,6 +72,7 @@ def test_one_training_step(architecture: str) -> None:
 def test_cells_tile_the_image_by_pixel_centres() -> None:
     centres, anchors = cell_geometry(96, 64)
     assert len(centres) == cell_count(96, 64) == 12 * 8 + 6 * 4 + 3 * 2
+    np.testing.assert_array_equal(anchors.numpy(), cell_anchors(96, 64))
     assert (
         centres[0].tolist() == [3.5, 3.5] and centres[1].tolist() == [11.5, 3.5] and centres[12].tolist() == [3.5, 11.5]
     )

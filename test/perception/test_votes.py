@@ -30,6 +30,7 @@ def empty(cells: int = 200, classes: int = 1, keypoints: int = K) -> RawVotes:
         rng.uniform(0.0, 0.2, (cells, classes)).astype(np.float32),
         rng.uniform(0.0, 128.0, (cells, classes, keypoints, 2)).astype(np.float32),
         np.tile(np.array([2.0, 2.0, 0.0], np.float32), (cells, classes, keypoints, 1)),
+        np.full(cells, 64.0, np.float32),
     )
 
 
@@ -48,6 +49,37 @@ def place(
 
 def test_nothing_above_the_threshold_is_no_instance() -> None:
     assert collect_instances(empty(), VoteOptions(), Calibration()) == []
+
+
+def test_levels_made_for_smaller_objects_have_little_say() -> None:
+    """Many cells of a fine level, sure of a wrong place, against a few of the level that is made for this size."""
+    truth = 1.6 * SHAPE + [20.0, 20.0]  # 80 px: anchor 64 suits it, 32 does not
+    fine, right = np.arange(0, 15), np.arange(100, 110)
+    errors, firsts = [], []
+    for anchor in (64.0, 32.0):
+        rng = np.random.default_rng(2)
+        raw = empty()
+        place(raw, right, truth, rng)
+        place(raw, fine, truth + [10.0, 0.0], rng)
+        raw.score[fine] = 0.9
+        raw.score[right] = 0.7
+        raw.anchor[:100] = anchor
+        (found,) = collect_instances(raw, VoteOptions(), Calibration())
+        errors.append(float(np.linalg.norm(found.keypoints.xy - truth, axis=1).mean()))
+        firsts.append(int(found.cells[0]))
+    assert errors[0] > 7.0 and errors[1] < 3.0
+    assert firsts[0] in fine and firsts[1] in right
+
+
+def test_a_large_object_is_not_doubted_for_its_size() -> None:
+    """The levels' say is relative: beyond all anchors the coarsest speaks alone, as loudly as any."""
+    rng = np.random.default_rng(2)
+    raw = empty()
+    raw.anchor[:100] = 128.0
+    place(raw, np.arange(0, 10), 20.0 * SHAPE, rng)
+    (found,) = collect_instances(raw, VoteOptions(), Calibration())
+    assert found.votes == 10 and found.score > 0.6
+    assert np.isfinite(found.keypoints.cov).all()
 
 
 def test_two_instances_and_two_classes_are_told_apart() -> None:

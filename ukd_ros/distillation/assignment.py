@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ukd_ros.data.dataset import TrainingSample, WindowObject
-from ukd_ros.perception.network import ANCHORS, STRIDES
+from ukd_ros.perception.cells import ANCHORS, STRIDES, level_share
 
 BACKGROUND, POSITIVE, IGNORED = 0, 1, -1
 
@@ -44,7 +44,7 @@ class Assignment:
 
 def level_shares(size_px: float, positives: int) -> list[int]:
     """Return how many positive cells each level gives to an object of that apparent size, about `positives` in all."""
-    weights = np.exp(-(np.log2(max(size_px, 1.0) / np.array(ANCHORS)) ** 2))
+    weights = level_share(size_px, np.array(ANCHORS))
     return [int(n) for n in np.round(positives * weights / weights.sum())]
 
 

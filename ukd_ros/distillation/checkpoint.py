@@ -39,7 +39,7 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint by rename: an interruption leaves the previous one."""
+    """Write a checkpoint by rename: an interruption or a full disk (CheckpointError) leaves the previous one."""
     content = {
         "format": FORMAT,
         "network_config": asdict(checkpoint.network.config),
@@ -60,11 +60,19 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         ],
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch words a full disk as a RuntimeError of its own
+        kept = "the one before it is kept; " if path.is_file() else ""
+        raise CheckpointError(
+            f"{path}: cannot be written ({error}); {kept}make room on the disk and go on with --resume"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -35,8 +35,9 @@ from ukd_ros.distillation.checkpoint import load_checkpoint
 from ukd_ros.geometry.object_model import ObjectModel
 from ukd_ros.perception.backends import BACKENDS, OUTPUTS, BackendError, MissingBackendError, RawVotes, open_backend
 from ukd_ros.perception.bundle import Bundle, BundleError, GraphSpec, NetworkManifest, load_bundle, save_bundle
+from ukd_ros.perception.cells import STRIDES, cell_anchors
 from ukd_ros.perception.manifest import OPSET
-from ukd_ros.perception.network import STRIDES, KeypointNetwork, cell_count
+from ukd_ros.perception.network import KeypointNetwork, cell_count
 from ukd_ros.perception.votes import Calibration
 
 logger = logging.getLogger(__name__)
@@ -332,7 +333,7 @@ def torch_votes(network: KeypointNetwork, image: npt.NDArray[np.uint8]) -> RawVo
     with torch.inference_mode():
         blob: Tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))).float()[None]
         score, xy, scale = (output[0].numpy() for output in network(blob))
-    return RawVotes(score, xy, scale)
+    return RawVotes(score, xy, scale, cell_anchors(image.shape[1], image.shape[0]))
 
 
 def example_images(width: int, height: int) -> list[npt.NDArray[np.uint8]]:

@@ -103,9 +103,8 @@ def raw_votes(found: EnsembleVotes, window: int) -> RawVotes:
     terms = found.cov[window] + found.spread[window]
     sigma = terms[..., [0, 2]].clamp(min=1e-6).sqrt()
     rho = (terms[..., 1:2] / sigma.prod(-1, keepdim=True)).clamp(-0.95, 0.95)
-    return RawVotes(
-        found.score[window].cpu().numpy(), found.xy[window].cpu().numpy(), torch.cat((sigma, rho), -1).cpu().numpy()
-    )
+    parts = (found.score[window], found.xy[window], torch.cat((sigma, rho), -1), found.anchor)
+    return RawVotes(*(part.cpu().numpy() for part in parts))
 
 
 def seen(found: EnsembleVotes, window: int) -> list[VoteInstance]:

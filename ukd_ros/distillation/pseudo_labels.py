@@ -27,8 +27,8 @@ from ukd_ros.geometry.object_model import ObjectModel
 from ukd_ros.geometry.pose import Pose, exp_so3, log_so3
 from ukd_ros.geometry.symmetry import nearest, without_free_turns
 from ukd_ros.geometry.view import ObjectLabel, View
+from ukd_ros.perception.cells import STRIDES
 from ukd_ros.perception.estimator import PoseEstimator
-from ukd_ros.perception.network import STRIDES
 from ukd_ros.perception.votes import VoteInstance
 
 LEAST_RIGHT = 10

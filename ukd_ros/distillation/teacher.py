@@ -33,6 +33,7 @@ class EnsembleVotes:
     """The ensemble's votes for a batch: `score` [B,N,C], `xy` [B,N,C,K,2] px, their means over the members; `spread`
     and `cov` [B,N,C,K,3] px², each (uu, uv, vv): the covariance between members, and the mean of their own.
     `features` [B,N,F]: the pyramid's cells of the first member (those of another seed are in another basis).
+    `anchor` [N] px: the apparent size that each cell's level is made for.
     """
 
     score: Tensor
@@ -40,6 +41,7 @@ class EnsembleVotes:
     spread: Tensor
     cov: Tensor
     features: Tensor
+    anchor: Tensor
 
 
 class Ensemble:
@@ -136,7 +138,8 @@ class Ensemble:
             score = score + (s - score) / count
             cov = cov + (own - cov) / count
         assert score is not None  # one member at least
-        return EnsembleVotes(score, mean, scatter / max(1, len(self.networks) - 1), cov, features)
+        anchor = self.networks[0].anchor.flatten()
+        return EnsembleVotes(score, mean, scatter / max(1, len(self.networks) - 1), cov, features, anchor)
 
 
 def _read(path: Path) -> StoredTeacher:

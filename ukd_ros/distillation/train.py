@@ -34,7 +34,7 @@ from ukd_ros.distillation.batches import Batches, BatchShape, MicroBatch
 from ukd_ros.distillation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ukd_ros.distillation.curves import draw_curves
 from ukd_ros.distillation.guide import Guide
-from ukd_ros.distillation.losses import focal_loss, gaussian_nll, ray_loss
+from ukd_ros.distillation.losses import focal_loss, gaussian_nll, pose_loss, ray_loss
 from ukd_ros.distillation.muon import Muon, Together
 from ukd_ros.distillation.norms import NormStatistics
 from ukd_ros.distillation.parallel import Processes
@@ -70,10 +70,10 @@ class TrainConfig:
     any number of processes). `optimizer`: muon (orthogonal steps for the hidden layers, AdamW for the rest) or adamw.
     `learning_rate` is the peak of AdamW's one-cycle schedule with `warmup` as the rising fraction, Muon's is ten times
     as large; `weight_decay` is decoupled; `clip_norm` bounds the gradient. `positives`: cells that vote for one
-    object. `focal_weight`, `ray_weight`, `nll_weight`: the loss. `checkpoint_every`, `log_every`, `validate_every`: in
-    steps (0 = never validate). `keep_every`: steps after which a copy `step-000500.pt` is kept besides the newest
-    checkpoint, for a curve of accuracy against samples (0 = none). `device`: auto, cpu or cuda; `threads`: torch's
-    (0 = its own choice).
+    object. `focal_weight`, `ray_weight`, `pose_weight`, `nll_weight`: the loss. `checkpoint_every`, `log_every`,
+    `validate_every`: in steps (0 = never validate). `keep_every`: steps after which a copy `step-000500.pt` is kept
+    besides the newest checkpoint, for a curve of accuracy against samples (0 = none). `device`: auto, cpu or cuda;
+    `threads`: torch's (0 = its own choice).
     """
 
     architecture: str = "lean"
@@ -92,6 +92,7 @@ class TrainConfig:
     positives: int = 10
     focal_weight: float = 1.0
     ray_weight: float = 10.0
+    pose_weight: float = 2.0
     nll_weight: float = 0.2
     seed: int = 0
     checkpoint_every: int = 250
@@ -365,7 +366,10 @@ def backward(
         norms.collect()
         terms = _labelled_terms(raw, micro.targets, config, votes)
         loss = (
-            config.focal_weight * terms["focal"] + config.ray_weight * terms["ray"] + config.nll_weight * terms["nll"]
+            config.focal_weight * terms["focal"]
+            + config.ray_weight * terms["ray"]
+            + config.pose_weight * terms["pose"]
+            + config.nll_weight * terms["nll"]
         )
         if guide is not None and guided is not None:
             features = cell_features(pyramid) if guide.needs_features else None
@@ -392,18 +396,16 @@ def _labelled_terms(raw: RawOutput, targets: Assignment, config: TrainConfig, vo
     anchor = anchors[n][:, None, None]
     xy = centres[n][:, None, :] + anchor * raw.offset[b, n, c].float()
     scale = decode_scale(raw.scale[b, n, c].float(), anchor)
-    error = torch.from_numpy(targets.xy).to(device) - xy
-    ray = ray_loss(
-        xy,
-        torch.from_numpy(targets.points_camera).to(device),
-        torch.from_numpy(targets.ray_matrix).to(device),
-        torch.from_numpy(targets.diameter).to(device),
-    )
+    target = torch.from_numpy(targets.xy).to(device)
+    error = target - xy
+    parts = targets.points_camera, targets.ray_matrix, targets.diameter
+    points, rays, diameter = (torch.from_numpy(part).to(device) for part in parts)
     # estimated labels do not say how far they are off: the scale learns from the truth (and from teachers) alone
     sure = torch.from_numpy(~targets.supposed).to(device)
     return {
         "focal": focal_loss(raw.logit.float(), state) / votes,
-        "ray": ray / (votes * keypoints),
+        "ray": ray_loss(xy, points, rays, diameter) / (votes * keypoints),
+        "pose": pose_loss(xy, target, points, rays, diameter) / votes,
         "nll": gaussian_nll(error.detach()[sure], scale[sure]) / (votes * keypoints),
         "error_px": error.detach().norm(dim=-1).sum() / (votes * keypoints),
     }
@@ -504,7 +506,7 @@ def _restore(
 ) -> int:
     """Load a checkpoint into the parts; ValueError naming the first setting that differs."""
     content = load_checkpoint(path)
-    mine, theirs = _plain(asdict(config)), {"optimizer": "adamw", **_plain(content.config)}
+    mine, theirs = _plain(asdict(config)), {"optimizer": "adamw", "pose_weight": 0.0, **_plain(content.config)}
     free = {"device", "threads", "checkpoint_every", "keep_every", "log_every", "validate_every", "validate_windows"}
     for key in sorted(set(mine) | set(theirs)):
         if key not in free and mine.get(key) != theirs.get(key):

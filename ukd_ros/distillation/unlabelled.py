@@ -20,8 +20,8 @@ from ukd_ros.distillation.teacher import Ensemble
 from ukd_ros.geometry.arrays import FloatArray
 from ukd_ros.geometry.object_model import ObjectModel
 from ukd_ros.geometry.view import View
+from ukd_ros.perception.cells import STRIDES
 from ukd_ros.perception.crop import letterbox
-from ukd_ros.perception.network import STRIDES
 
 
 def propose(

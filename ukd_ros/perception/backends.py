@@ -16,6 +16,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from ukd_ros.perception.cells import cell_anchors
+
 if TYPE_CHECKING:
     from ukd_ros.perception.bundle import Bundle
     from ukd_ros.perception.network import KeypointNetwork
@@ -48,12 +50,14 @@ class RawVotes:
     """What the network says about one image: one vote per cell, object class and keypoint.
 
     ``score`` [N,C] is the confidence 0..1 that the cell sees the class, ``xy`` [N,C,K,2] the keypoints in pixels of the
-    network's input, ``scale`` [N,C,K,3] their predicted (sigma_u px, sigma_v px, correlation). All float32, finite.
+    network's input, ``scale`` [N,C,K,3] their predicted (sigma_u px, sigma_v px, correlation). ``anchor`` [N] px: the
+    apparent size that each cell's level is made for (see `cells.level_share`). All float32, finite.
     """
 
     score: npt.NDArray[np.float32]
     xy: npt.NDArray[np.float32]
     scale: npt.NDArray[np.float32]
+    anchor: npt.NDArray[np.float32]
 
 
 class Backend(Protocol):
@@ -104,6 +108,7 @@ class _Runner:
         votes = (bundle.cells(graph), len(bundle.network.classes))
         keypoints = bundle.network.keypoints
         self._shapes = (votes, (*votes, keypoints, 2), (*votes, keypoints, 3))
+        self._anchor = cell_anchors(spec.width, spec.height, bundle.network.strides)
         self._blob = np.zeros((1, 3, spec.height, spec.width), dtype=np.float32)
 
     def _refuse_shape(
@@ -141,7 +146,7 @@ class _Runner:
                     "frame does so the weights are damaged: export the model again, or choose another backend."
                 )
         score, xy, scale = (out.reshape(shape) for out, shape in zip(outputs, self._shapes, strict=True))
-        return RawVotes(score, xy, scale)
+        return RawVotes(score, xy, scale, self._anchor)
 
     def _refused(self, error: Exception) -> BackendError:
         """Return the complaint about a graph that a runtime cannot read or run."""

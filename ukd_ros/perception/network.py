@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-STRIDES = (8, 16, 32)
-ANCHORS = (32.0, 64.0, 128.0)
+from ukd_ros.perception.cells import ANCHORS, STRIDES
+
 SCALE_TERMS = 3
 """sigma_u, sigma_v (px) and the correlation rho of one vote."""
 

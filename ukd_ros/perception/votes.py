@@ -10,13 +10,14 @@ between the keypoints of an instance (a network errs by a common shift, scale an
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ukd_ros.geometry.arrays import FloatArray, frozen_array
 from ukd_ros.geometry.keypoints import Keypoints
+from ukd_ros.perception.cells import level_share
 
 if TYPE_CHECKING:
     from ukd_ros.perception.backends import RawVotes
@@ -97,7 +98,7 @@ class VoteOptions:
         default=200, metadata={"help": "At most this many of the best cells per class are looked at.", "unit": "cells"}
     )
     max_votes: int = field(
-        default=30, metadata={"help": "At most this many of an instance's best votes are fused.", "unit": "votes"}
+        default=20, metadata={"help": "At most this many of an instance's best votes are fused.", "unit": "votes"}
     )
     min_votes: int = field(default=1, metadata={"help": "An instance with fewer votes is dropped.", "unit": "votes"})
     agreement: float = field(
@@ -137,7 +138,7 @@ class VoteOptions:
 class VoteInstance:
     """One instance as its votes describe it, in pixels of the image whose votes were collected.
 
-    class_index: position in the model's objects. score: 0..1, the votes' own score-weighted mean.
+    class_index: position in the model's objects. score: 0..1, the mean of the votes' own, weighted by their say.
     keypoints: fused, with the joint covariance that the calibration gives.
     box: [4] x0 y0 x1 y1 px, the bounding box of the fused keypoints.
     votes: how many votes were fused. cells: [votes] where they came from, the best first, in the
@@ -268,7 +269,8 @@ def collect_instances(raw: RawVotes, options: VoteOptions, calibration: Calibrat
     """Gather the votes of one image into instances, best score first.
 
     Per class the best cell seeds an instance and takes the cells that agree with it; the best cell left over seeds
-    the next. Instances that turn out to be the same object once fused are reported once.
+    the next. How good a cell is, and its say in what is fused, is its score times how well its level suits the size of
+    the object that it sees. Instances that turn out to be the same object once fused are reported once.
     """
     found: list[VoteInstance] = []
     for class_index in range(raw.score.shape[1]):
@@ -287,10 +289,12 @@ def _collect_class(
     cells = np.flatnonzero(all_scores >= options.min_score)
     if len(cells) == 0:
         return []
-    cells = cells[np.argsort(-all_scores[cells], kind="stable")[: options.max_cells]]
+    size = np.ptp(raw.xy[cells, class_index], axis=1).max(axis=1)
+    say = all_scores[cells] * _fitness(size, raw.anchor[cells], raw.anchor)
+    order = np.argsort(-say, kind="stable")[: options.max_cells]
+    cells, say, size = cells[order], say[order], size[order]
     score = all_scores[cells].astype(np.float64)
     xy = raw.xy[cells, class_index].astype(np.float64)
-    size = np.ptp(xy, axis=1).max(axis=1)
     free = np.ones(len(cells), dtype=bool)
     found: list[VoteInstance] = []
     # Seeds that fuse to a duplicate or have too few votes yield nothing, so a few more seeds than instances are tried.
@@ -308,10 +312,21 @@ def _collect_class(
             continue
         kept = members[: options.max_votes]
         scale = raw.scale[cells[kept], class_index].astype(np.float64)
-        instance = replace(_fuse(class_index, score[kept], xy[kept], scale, calibration), cells=cells[kept])
+        instance = _fuse(class_index, score[kept], say[kept], xy[kept], scale, calibration)
+        instance = replace(instance, cells=cells[kept])
         if not any(_same_object(instance, other, options.agreement) for other in found):
             found.append(instance)
     return found
+
+
+def _fitness(size: npt.NDArray[Any], anchor: npt.NDArray[Any], anchors: npt.NDArray[Any]) -> FloatArray:
+    """Return [M] in 0..1 how well levels with `anchor` [M] px suit objects of `size` [M] px, the best of all `anchors`
+    being 1.
+
+    A fine level has many cells in a large object, which training did not ask: they err more, and alike.
+    """
+    best = level_share(size[:, None], np.unique(anchors)).max(axis=1)
+    return np.asarray(level_share(size, anchor) / np.maximum(best, np.finfo(np.float64).tiny))
 
 
 def _same_object(instance: VoteInstance, other: VoteInstance, agreement: float) -> bool:
@@ -333,17 +348,22 @@ def _suppress_across_classes(found: list[VoteInstance], overlap: float) -> list[
 
 
 def _fuse(
-    class_index: int, score: FloatArray, xy: FloatArray, scale: FloatArray, calibration: Calibration
+    class_index: int,
+    score: FloatArray,
+    say: FloatArray,
+    xy: FloatArray,
+    scale: FloatArray,
+    calibration: Calibration,
 ) -> VoteInstance:
-    """Fuse M agreeing votes: score [M], xy [M, K, 2], scale [M, K, 3] to one instance.
+    """Fuse M agreeing votes: score [M], say [M], xy [M, K, 2], scale [M, K, 3] to one instance.
 
-    The weight of a vote is its score times its information (inverse covariance). One round of reweighting takes the
+    The weight of a vote is its say times its information (inverse covariance). One round of reweighting takes the
     influence of votes that lie far from the weighted median. The typical vote's block is the inverse of the
-    score-weighted mean information: the variance at which equally good votes would carry the same information.
+    say-weighted mean information: the variance at which equally good votes would carry the same information.
     """
     uu, uv, vv = _information(scale)
     precision = 0.5 * (uu + vv)
-    trust = np.repeat(score[:, None], xy.shape[1], axis=1)
+    trust = np.repeat(say[:, None], xy.shape[1], axis=1)
     if len(score) >= 3:
         trust = trust * _robust_factor(xy, trust * precision)
     u, v = xy[..., 0], xy[..., 1]
@@ -365,10 +385,10 @@ def _fuse(
     mean_blocks = widened(mean_blocks, share, calibration)
     cov = joint_covariance(mean, mean_blocks, effective, calibration)
     # A keypoint on which the votes disagree scores less than the instance.
-    keypoint_score = (trust * score[:, None]).sum(axis=0) / score.sum()
+    keypoint_score = (trust * score[:, None]).sum(axis=0) / say.sum()
     return VoteInstance(
         class_index=class_index,
-        score=float((score**2).sum() / score.sum()),
+        score=float((say * score).sum() / say.sum()),
         keypoints=Keypoints(mean, cov, keypoint_score),
         box=keypoint_box(mean),
         votes=len(score),
