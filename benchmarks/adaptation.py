@@ -59,7 +59,7 @@ class Bench:
     def config(self, row: Row, seed: int) -> Any:
         """Return the settings of one run."""
         from ukd_ros.config import load_config
-        from ukd_ros.distillation.from_bags import FromBagsConfig
+        from ukd_ros.distillation.from_bags_request import FromBagsConfig
 
         words = [*self.table.set, *row.set, *self.options.set, f"distill.seed={seed}"]
         if self.options.initial:
@@ -69,8 +69,8 @@ class Bench:
 
     def bag(self) -> Path:
         """Return the bag of the unlabelled photographs."""
-        from ukd_ros.data.bag_from_bop import bag_from_bop
         from ukd_ros.data.bop import BopDataset
+        from ukd_ros.data.rosbag.from_bop import bag_from_bop
 
         _, folder, ids, _ = self.options.unlabelled
         path: Path = self.options.out / "bag"

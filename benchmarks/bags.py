@@ -71,8 +71,8 @@ def _images(codec: str, count: int) -> Iterator[tuple[str, int, bytes]]:
     import cv2
     import numpy as np
 
-    from ukd_ros.data.bag_types import IMAGE_TYPES, INFO_TYPE, store
-    from ukd_ros.data.bags import camera_info
+    from ukd_ros.data.rosbag.message_types import IMAGE_TYPES, INFO_TYPE, store
+    from ukd_ros.data.rosbag.writer import camera_info
     from ukd_ros.geometry.camera import Camera
 
     rng = np.random.default_rng(0)
@@ -102,7 +102,7 @@ def _record(path: Path, messages: Iterator[tuple[str, int, bytes]], storage: str
     """Write an rosbag2 folder of this storage."""
     from rosbags.rosbag2 import StoragePlugin, Writer
 
-    from ukd_ros.data.bag_types import INFO_TYPE, store
+    from ukd_ros.data.rosbag.message_types import INFO_TYPE, store
 
     writer = Writer(path, version=8, storage_plugin=StoragePlugin[storage.upper()])
     writer.open()
@@ -140,7 +140,7 @@ def _index_s(bag: Path, count: int) -> float:
 
 def _peak_mb(bag: Path) -> float:
     """Return this process's peak memory after it took the frames of a bag."""
-    from ukd_ros.data.bag_frames import BagOptions, bags_to_bop
+    from ukd_ros.data.rosbag.frames import BagOptions, bags_to_bop
 
     with tempfile.TemporaryDirectory() as folder:
         bags_to_bop([bag], Path(folder) / "out", BagOptions(held_out=0.0, max_frames=20), progress=False)

@@ -48,9 +48,9 @@ PLACES = {
     "moderngl": ("data/renderer.py",),
     "trimesh": ("data/meshes.py",),
     "PIL": ("data/meshes.py", "data/bop_check.py"),
-    "rosbags": ("data/bags.py", "data/bag_ros1.py", "data/bag_types.py"),
-    "lz4": ("data/bag_compression.py",),
-    "backports": ("data/bag_compression.py",),
+    "rosbags": ("data/rosbag/writer.py", "data/rosbag/ros1.py", "data/rosbag/message_types.py"),
+    "lz4": ("data/rosbag/compression.py",),
+    "backports": ("data/rosbag/compression.py",),
     "cv2": ("perception/", "data/", "distillation/", "ros/"),
     "rclpy": ("ros/",),
     "cv_bridge": ("ros/interop.py",),
@@ -96,6 +96,11 @@ def test_packages_stay_in_their_places(path: Path) -> None:
         assert any(place(path) == p or (p.endswith("/") and place(path).startswith(p)) for p in places), (
             f"{place(path)} imports {name}; {top} belongs in {', '.join(places)}"
         )
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "data" / "rosbag").glob("*.py")), ids=place)
+def test_what_does_the_work_on_bags_does_not_import_their_front(path: Path) -> None:
+    assert not [name for name in imported(path) if f"{name}.".startswith("ukd_ros.data.bags.")]
 
 
 def test_geometry_needs_numpy_only() -> None:
@@ -179,5 +184,5 @@ def test_nothing_that_runs_foreign_code_is_called(path: Path) -> None:
             raise AssertionError(f"{where}: a library logs")
 
 
-PRINTERS = {"cli.py", "ros/demo.py", "ros/demo_player.py", "ros/demo_listener.py"}
+PRINTERS = {"commands.py", "ros/demo.py", "ros/demo_player.py", "ros/demo_listener.py"}
 """Programs whose output is for a person, or for the process that started them."""

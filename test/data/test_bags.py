@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ukd_ros.data.bag_from_bop import bag_from_bop
 from ukd_ros.data.bags import BagError, BagReader, BagWriter, bag_truth, bag_views, write_bag
+from ukd_ros.data.rosbag.from_bop import bag_from_bop
 from ukd_ros.geometry.camera import Camera, DistortionModel
 from ukd_ros.geometry.pose import Pose, exp_so3
 from ukd_ros.geometry.view import LabelledView, ObjectLabel, View

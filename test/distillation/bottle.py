@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ukd_ros.data.bag_frames import BagOptions, bags_to_bop
 from ukd_ros.data.bop import model_info
 from ukd_ros.data.demo_object import DEMO_NAME, demo_mesh
 from ukd_ros.data.meshes import write_ply
+from ukd_ros.data.rosbag.frames import BagOptions, bags_to_bop
 from ukd_ros.distillation.checkpoint import Checkpoint
 from ukd_ros.distillation.teacher_store import save_teacher
 from ukd_ros.perception.backends import torch_network

@@ -19,19 +19,14 @@ import torch
 from bottle import BAG, labelled_views, save_teachers
 
 from ukd_ros.config import load_config
-from ukd_ros.data.bag_frames import BagOptions
 from ukd_ros.data.bags import BagWriter, bag_truth
 from ukd_ros.data.progress import Progress, Stopped, listening
+from ukd_ros.data.rosbag.frames import BagOptions
 from ukd_ros.distillation.checkpoint import load_checkpoint
 from ukd_ros.distillation.distill import DistillConfig
 from ukd_ros.distillation.frames import Frames
-from ukd_ros.distillation.from_bags import (
-    FromBagsConfig,
-    FromBagsResult,
-    _Work,
-    distill_from_bags,
-    supposed_windows_share,
-)
+from ukd_ros.distillation.from_bags import _Work, distill_from_bags, supposed_windows_share
+from ukd_ros.distillation.from_bags_request import FromBagsConfig, FromBagsResult
 from ukd_ros.distillation.label_store import LabelError
 from ukd_ros.geometry.metrics import add
 from ukd_ros.geometry.pose import Pose

@@ -20,16 +20,12 @@ from ukd_ros.data.progress import Progress, Stopped
 from ukd_ros.data.render_dataset import DEMO, MeshSource
 from ukd_ros.data.renderer import RendererError
 from ukd_ros.distillation import new_object as chain_module
-from ukd_ros.distillation.new_object import (
-    NewObjectError,
-    NewObjectRequest,
-    NewObjectResult,
-    new_object,
-)
+from ukd_ros.distillation.new_object import NewObjectResult, new_object
 from ukd_ros.distillation.new_object_part import PartFacts, inspect_part, symmetries_of
 from ukd_ros.distillation.new_object_plan import LEAST, Pace, Rates, closing_s, make_plan, steps_within
 from ukd_ros.distillation.new_object_report import Story, advice, verdict
-from ukd_ros.distillation.new_object_stages import NewObjectConfig, RealStages, Trained
+from ukd_ros.distillation.new_object_request import NewObjectConfig, NewObjectError, NewObjectRequest
+from ukd_ros.distillation.new_object_stages import RealStages, Trained
 from ukd_ros.distillation.new_object_state import WorkError, WorkState, locked
 from ukd_ros.distillation.train import TrainConfig
 from ukd_ros.perception.bundle import BundleError, find_model, load_bundle

@@ -43,9 +43,9 @@ from ukd_ros.geometry.chi_square import chi2_cdf  # noqa: E402
 from ukd_ros.geometry.object_model import Symmetries  # noqa: E402
 from ukd_ros.geometry.pose import Pose, exp_so3  # noqa: E402
 from ukd_ros.geometry.view import LabelledView, ObjectLabel, View  # noqa: E402
+from ukd_ros.perception.cells import STRIDES  # noqa: E402
 from ukd_ros.perception.estimator import EstimatorOptions, PoseEstimator  # noqa: E402
 from ukd_ros.perception.manifest import GraphSpec  # noqa: E402
-from ukd_ros.perception.network import STRIDES  # noqa: E402
 from ukd_ros.perception.votes import Calibration  # noqa: E402
 
 SURE = PseudoLabelOptions()

@@ -237,6 +237,7 @@ def test_the_real_job_is_given_what_the_node_was_given(
 ) -> None:
     pytest.importorskip("torch")
     from ukd_ros.distillation import from_bags
+    from ukd_ros.distillation.from_bags_request import FromBagsConfig
 
     calls: list[Any] = []
     monkeypatch.setattr(from_bags, "distill_from_bags", lambda *a, **k: calls.append((a, k)))
@@ -257,7 +258,7 @@ def test_the_real_job_is_given_what_the_node_was_given(
         "progress": True,
     }
     distill_bags(common, False)
-    shipped = load_config(from_bags.FromBagsConfig, CONFIG.with_name("distill_bags.yaml"))
+    shipped = load_config(FromBagsConfig, CONFIG.with_name("distill_bags.yaml"))
     assert calls.pop()[0][0] == shipped, "without a file the settings are the package's"
     with pytest.raises(ConfigError, match="command line: distill.step: is not a setting; did you mean 'distill.steps'"):
         distill_bags(replace(common, settings=("distill.step=3",)), False)

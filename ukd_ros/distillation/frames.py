@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frames of bags, as `data.bag_frames` writes them: views by number, with where and when each was recorded."""
+"""The frames of bags, as `data.rosbag.frames` writes them: views by number, with where and when each was recorded."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ukd_ros.data.bag_scenes import FRAMES_FILE
 from ukd_ros.data.bop import BopDataset, BopError
+from ukd_ros.data.rosbag.scenes import FRAMES_FILE
 from ukd_ros.geometry.view import View
 
 

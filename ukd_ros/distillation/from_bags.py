@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """From bags that nobody labelled to a student that is better where they were recorded: `ukd distill --bag`.
 
-Bags become frames (`data.bag_frames`), the calibrated ensemble labels those it is sure of (`pseudo_labels`), a student
-learns from them beside rendered windows and the teachers' votes (`distill`), is exported and calibrated on renders that
-nobody has seen, and compared with its teachers on frames held out as they came. Every stage leaves its result under
-`out`, so a call that was stopped, or killed, is gone on with by the same call.
+Bags become frames (`data.rosbag.frames`), the calibrated ensemble labels those it is sure of (`pseudo_labels`), a
+student learns from them beside rendered windows and the teachers' votes (`distill`), is exported and calibrated on
+renders that nobody has seen, and compared with its teachers on frames held out as they came. Every stage leaves its
+result under `out`, so a call that was stopped, or killed, is gone on with by the same call (`from_bags_request`).
 """
 
 from __future__ import annotations
@@ -13,36 +13,31 @@ import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ukd_ros.config import to_mapping
-from ukd_ros.data.bag_frames import BagOptions, bags_to_bop
-from ukd_ros.data.bag_plan import HELD_OUT, TRAIN
 from ukd_ros.data.bop import BopDataset
 from ukd_ros.data.dataset import MixedWindows, SupposedWindows, UnlabelledWindows, Windows
 from ukd_ros.data.progress import Stopped
+from ukd_ros.data.rosbag.frames import bags_to_bop
+from ukd_ros.data.rosbag.plan import HELD_OUT, TRAIN
 from ukd_ros.data.whole_files import write_bytes
 from ukd_ros.distillation.bag_calibration import calibrate_student
 from ukd_ros.distillation.calibrate import CalibrationOptions, calibrate
 from ukd_ros.distillation.checkpoint import load_checkpoint
-from ukd_ros.distillation.distill import DistillConfig, distill
+from ukd_ros.distillation.distill import distill
 from ukd_ros.distillation.ensemble_estimator import ensemble_estimator, window_sizes
 from ukd_ros.distillation.export import export_checkpoint, trained_options
 from ukd_ros.distillation.frames import Frames
-from ukd_ros.distillation.from_bags_report import BagStory, write_story
+from ukd_ros.distillation.from_bags_report import BagStory, advice, write_story
+from ukd_ros.distillation.from_bags_request import FromBagsConfig, FromBagsRequest, FromBagsResult, finished
 from ukd_ros.distillation.label_store import stored_labels
 from ukd_ros.distillation.parallel import Processes
-from ukd_ros.distillation.pseudo_labels import (
-    PseudoLabelOptions,
-    PseudoLabels,
-    agreeing,
-    label_frames,
-    required_on,
-)
+from ukd_ros.distillation.pseudo_labels import PseudoLabels, agreeing, label_frames, required_on
 from ukd_ros.distillation.teacher import Ensemble, TeacherError, member_files, member_models
 from ukd_ros.distillation.train import object_models, open_folders, train_device
 from ukd_ros.distillation.unlabelled import kept_proposals
@@ -53,62 +48,7 @@ from ukd_ros.perception.votes import Calibration
 
 logger = logging.getLogger(__name__)
 
-RESULT, REQUEST = "result.json", "request.json"
 NOTHING_SEEN = "the teachers see nothing in any of the {count} frames: {counts}. {advice}"
-ADVICE = {
-    "nothing_found": "look whether the frames show the object (ukd bag to-bop), lit and large enough, and whether the "
-    "teachers know it (ukd evaluate on renders)",
-    "unsure": "train the teachers longer, record closer to the object, or lower labels.sure (and look at labels.png)",
-    "inconsistent": "look whether the camera_info is that of the images: a wrong focal length bends every pose",
-    "disagrees_in_time": "look at labels_refused.png: the teachers jump between poses; train them longer",
-    "low_score": "record closer to the object, or train the teachers on renders that look more like the place",
-    "ambiguous": "record from more oblique sides and closer: from afar two poses look alike",
-    "too_few_keypoints": "record the object less hidden",
-    "uncalibrated": "give renders that nobody was trained on (held_out), so that the teachers' doubt is measured",
-}
-"""What to try, by the reason for which most was refused."""
-
-
-@dataclass(frozen=True)
-class FromBagsConfig:
-    """How bags become a student.
-
-    `bags`: how frames are taken. `labels`: when a teacher's pose is a label. `distill`: how the student is trained; its
-    `unlabelled_share` of windows is cut from frames without looking at labels, and there the teachers' votes alone
-    teach. `supposed_share`: share of windows cut around accepted labels, less where that were more than
-    `windows_per_label` of each: few labels would be learnt by heart. `calibrate_views`: renders of `held_out` used
-    for the teachers' calibration and for the student's. `name` of the model (empty: that of the folder).
-    """
-
-    bags: BagOptions = field(default_factory=BagOptions)
-    labels: PseudoLabelOptions = field(default_factory=PseudoLabelOptions)
-    distill: DistillConfig = field(default_factory=DistillConfig)
-    supposed_share: float = 0.25
-    windows_per_label: int = 40
-    calibrate_views: int = 300
-    zoom_rounds: int = 3
-    name: str = ""
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot run; ValueError names the field."""
-        if not 0.0 <= self.supposed_share < 1.0 - self.distill.unlabelled_share:
-            raise ValueError(
-                f"supposed_share: is {self.supposed_share}, but with distill.unlabelled_share "
-                f"{self.distill.unlabelled_share} it must stay below {1.0 - self.distill.unlabelled_share:.2f}."
-            )
-        for name in ("calibrate_views", "zoom_rounds", "windows_per_label"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: is {getattr(self, name)}, but at least 1 is needed.")
-
-
-@dataclass(frozen=True)
-class FromBagsResult:
-    """The finished model, the report, the line that starts the pose node on it, and a sentence on how it went."""
-
-    model: Path
-    report: Path
-    launch: str
-    summary: str
 
 
 def distill_from_bags(
@@ -134,13 +74,14 @@ def distill_from_bags(
     ValueError for what cannot work, before long work where possible; Stopped when it was asked to stop, or
     `time_budget_s` is over, with everything kept.
     """
-    work = _Work(config, tuple(bags), tuple(teachers), out, tuple(renders), held_out, tuple(objects), progress)
-    work.compare(resume)
-    done = work.finished()
+    request = FromBagsRequest(config, tuple(bags), tuple(teachers), out, tuple(renders), held_out, tuple(objects))
+    request.compare(resume)
+    done = finished(out)
     if done is not None:
         logger.info("%s: is finished already", out)
         return done
     started = time.monotonic()
+    work = _Work(request, progress)
     work.open()
     work.take_frames()
     work.claim()  # only now: a path mistyped at first must not spoil the folder
@@ -156,70 +97,15 @@ def distill_from_bags(
 class _Work:
     """One call: what it was given, and what its stages have made so far."""
 
-    def __init__(
-        self,
-        config: FromBagsConfig,
-        bags: tuple[Path, ...],
-        teachers: tuple[Path, ...],
-        out: Path,
-        renders: tuple[Path, ...],
-        held_out: Path | None,
-        objects: tuple[str, ...],
-        progress: bool,
-    ) -> None:
-        self.asked = self.config = config
-        self.bags, self.teachers, self.out = bags, teachers, out
-        self.renders, self.held_out, self.objects, self.progress = renders, held_out, objects, progress
+    def __init__(self, request: FromBagsRequest, progress: bool) -> None:
+        self.request, self.config, self.progress = request, request.config, progress
+        self.bags, self.teachers, self.out = request.bags, request.teachers, request.out
+        self.renders, self.held_out, self.objects = request.renders, request.held_out, request.objects
         self.processes = Processes.from_environment()
         self.models: list[ObjectModel] = []
         self.calibration: Calibration | None = None
         self.least = 1.1
         self.labels: dict[str, PseudoLabels] = {}
-
-    # ---- what is asked for ------------------------------------------------------------------------------------
-
-    def request(self) -> dict[str, Any]:
-        """Return what is asked for, as plain data."""
-        return {
-            "config": json.loads(json.dumps(to_mapping(self.asked), default=str)),
-            "bags": [str(path.resolve()) for path in self.bags],
-            "teachers": [str(path.resolve()) for path in self.teachers],
-            "renders": [str(path.resolve()) for path in self.renders],
-            "held_out": None if self.held_out is None else str(self.held_out.resolve()),
-            "objects": list(self.objects),
-        }
-
-    def compare(self, resume: bool) -> None:
-        """Refuse a folder that an earlier run with another request has; ValueError names what differs."""
-        path, mine = self.out / REQUEST, self.request()
-        if not path.is_file():
-            return
-        if not resume:
-            raise FileExistsError(f"{self.out}: holds an earlier run; resume it, or choose another folder")
-        try:
-            theirs = json.loads(path.read_text(encoding="utf-8"))
-            differing = [key for key in mine if theirs.get(key) != mine[key]]
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path}: is no request of an earlier run ({error}); choose another folder") from error
-        if differing:
-            raise ValueError(
-                f"{path}: the run in this folder was asked for with other {', '.join(differing)}; ask for the same "
-                "again, or choose another folder"
-            )
-
-    def claim(self) -> None:
-        """Write down what `out` is for."""
-        if self.processes.rank == 0 and not (self.out / REQUEST).is_file():
-            write_bytes(self.out / REQUEST, (json.dumps(self.request(), indent=1) + "\n").encode())
-        self.processes.any(False)
-
-    def finished(self) -> FromBagsResult | None:
-        """Return the result of an earlier call, None when there is none yet."""
-        path = self.out / RESULT
-        if not path.is_file():
-            return None
-        told = json.loads(path.read_text(encoding="utf-8"))
-        return FromBagsResult(Path(told["model"]), Path(told["report"]), str(told["launch"]), str(told["summary"]))
 
     def open(self) -> None:
         """Read teachers and models; nothing long."""
@@ -245,7 +131,11 @@ class _Work:
             logger.info("the student starts from %s: no other start was named", files[0])
             self.config = replace(self.config, distill=replace(distilling, initial=str(files[0])))
 
-    # ---- stages -----------------------------------------------------------------------------------------------
+    def claim(self) -> None:
+        """Write down what `out` is for; the first process does it."""
+        if self.processes.rank == 0:
+            self.request.claim()
+        self.processes.any(False)
 
     def take_frames(self) -> None:
         """Bags become a folder of frames."""
@@ -409,14 +299,12 @@ class _Work:
                 model,
                 self.out / "run",
                 calibrated,
-                advice(self.labels["train"]),
             )
             report, summary = write_story(story, self.out)
             launch = f"ros2 launch ukd_ros pose.launch.py model:={model.resolve()}"
-            result = {"model": str(model), "report": str(report), "launch": launch, "summary": summary}
-            write_bytes(self.out / RESULT, (json.dumps(result, indent=1) + "\n").encode())
+            FromBagsResult(model, report, launch, summary).keep(self.out)
         self.processes.any(False)
-        done = self.finished()
+        done = finished(self.out)
         assert done is not None  # the first process has written it
         return done
 
@@ -424,12 +312,6 @@ class _Work:
 def supposed_windows_share(config: FromBagsConfig, labels: int) -> float:
     """Return the share of windows to be cut around so many accepted labels."""
     return min(config.supposed_share, config.windows_per_label * labels / config.distill.window_count)
-
-
-def advice(labels: PseudoLabels) -> str:
-    """Say what to try when few frames are labelled, by the reason for which most was refused."""
-    reasons = sorted(labels.refused.items(), key=lambda item: -item[1])
-    return next((ADVICE[reason] for reason, _ in reasons if reason in ADVICE), "look at the pictures of the report")
 
 
 def _counted(labels: PseudoLabels) -> str:

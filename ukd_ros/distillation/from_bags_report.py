@@ -24,6 +24,19 @@ from ukd_ros.perception.votes import keypoint_box
 
 SHOWN = 25
 
+ADVICE = {
+    "nothing_found": "look whether the frames show the object (ukd bag to-bop), lit and large enough, and whether the "
+    "teachers know it (ukd evaluate on renders)",
+    "unsure": "train the teachers longer, record closer to the object, or lower labels.sure (and look at labels.png)",
+    "inconsistent": "look whether the camera_info is that of the images: a wrong focal length bends every pose",
+    "disagrees_in_time": "look at labels_refused.png: the teachers jump between poses; train them longer",
+    "low_score": "record closer to the object, or train the teachers on renders that look more like the place",
+    "ambiguous": "record from more oblique sides and closer: from afar two poses look alike",
+    "too_few_keypoints": "record the object less hidden",
+    "uncalibrated": "give renders that nobody was trained on (held_out), so that the teachers' doubt is measured",
+}
+"""What to try, by the reason for which most was refused."""
+
 
 @dataclass(frozen=True, eq=False)
 class BagStory:
@@ -37,7 +50,6 @@ class BagStory:
     model: Path
     run: Path
     calibrated: BagCalibration
-    advice: str
 
 
 def write_story(story: BagStory, out: Path) -> tuple[Path, str]:
@@ -53,9 +65,10 @@ def write_story(story: BagStory, out: Path) -> tuple[Path, str]:
     sections.append(html_text("What the bags gave", story.taken))
     sections.append(html_text("What the teachers were sure of", _counts(story.labels)))
     if accepted == 0:
-        sections.append(html_text("No frame was labelled", f"The teachers' votes taught, but no pose. {story.advice}."))
+        said = f"The teachers' votes taught, but no pose. {advice(learnt)}."
+        sections.append(html_text("No frame was labelled", said))
     else:
-        sections.append(html_text("To have more", story.advice))
+        sections.append(html_text("To have more", advice(learnt)))
     chosen = {
         "labels": sorted(learnt.accepted, key=lambda label: label.probability),
         "labels_refused": sorted(
@@ -78,6 +91,12 @@ def write_story(story: BagStory, out: Path) -> tuple[Path, str]:
     path = out / "report.html"
     write_bytes(path, html_page(f"{story.model.name}: from bags to a student", sections).encode())
     return path, summary
+
+
+def advice(labels: PseudoLabels) -> str:
+    """Say what to try when few frames are labelled, by the reason for which most was refused."""
+    reasons = sorted(labels.refused.items(), key=lambda item: -item[1])
+    return next((ADVICE[reason] for reason, _ in reasons if reason in ADVICE), "look at the pictures of the report")
 
 
 def label_sheet(labels: Sequence[PseudoLabel], frames: Frames, models: Sequence[ObjectModel]) -> Image:

@@ -5,28 +5,25 @@
     render → teach → distil → export → calibrate → [adapt to bags] → evaluate (from an hour on)
 
 The budget is shared out by rates measured on this machine (`new_object_plan`), the last stages' time is reserved, and
-after every stage what is left is planned anew. A stage that is finished is not done again (`new_object_state`).
+after every stage what is left is planned anew. A stage that is finished is not done again (`new_object_state`). What
+may be asked for, and what is refused at once, is in `new_object_request`.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ukd_ros.config import to_mapping
 from ukd_ros.data.progress import Progress, Stopped
-from ukd_ros.data.render_dataset import DEMO, RENDERER, MeshSource
-from ukd_ros.distillation.new_object_part import PartFacts, file_digest, inspect_part, symmetries_of
+from ukd_ros.distillation.new_object_part import PartFacts, inspect_part, symmetries_of
 from ukd_ros.distillation.new_object_plan import (
     ASKING,
     LAST_CYCLE,
     LEAST,
-    LEAST_BUDGET_S,
     TEACHERS_FROM_S,
     TRAINING_SLACK,
     Plan,
@@ -36,45 +33,30 @@ from ukd_ros.distillation.new_object_plan import (
     steps_within,
 )
 from ukd_ros.distillation.new_object_report import Story, launch_line, write_story
-from ukd_ros.distillation.new_object_stages import NewObjectConfig, RealStages, Stages, Trained
+from ukd_ros.distillation.new_object_request import (
+    PUBLISHING,
+    NewObjectConfig,
+    NewObjectError,
+    NewObjectRequest,
+    arguments,
+    checked_source,
+    refuse_taken_folder,
+)
+from ukd_ros.distillation.new_object_stages import RealStages, Stages, Trained
 from ukd_ros.distillation.new_object_state import WorkState, locked
 from ukd_ros.distillation.train import learning_rate
-from ukd_ros.perception.bundle import find_model, load_bundle, save_bundle
+from ukd_ros.perception.bundle import load_bundle, save_bundle
 
 logger = logging.getLogger(__name__)
 
-NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,59}")
 MARGIN = 0.05
 """This part of the budget is left free: the time between stages, and the interpreter's own start."""
-
-PUBLISHING = "publishing"
-"""The decision that marks a model folder as this work's own, also when it was killed right then."""
 
 PROBE_PART = 0.4
 """A trial that takes longer than this part of the budget leaves too little for anything."""
 
 LEAST_STEPS = 30
 """Fewer training steps than these teach nothing: better to say so at once than after five minutes."""
-
-
-class NewObjectError(RuntimeError):
-    """A part cannot be learned as asked; the message says why and what to do. What was done is kept."""
-
-
-@dataclass(frozen=True)
-class NewObjectRequest:
-    """What is asked for: a mesh file (or demo) and its unit, the part's name, bags of it without labels, the budget in
-    seconds, the model's folder, the work folder, and whether a model that is there may be replaced.
-    """
-
-    mesh: str
-    unit: str | None
-    name: str
-    budget_s: float
-    out: Path
-    work: Path
-    bags: tuple[Path, ...] = ()
-    overwrite: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,13 +89,13 @@ def new_object(
     NewObjectError when the student finds too little to be calibrated: nothing appears in `out` then.
     """
     begun = now()
-    source = _checked(config, request)
+    source = checked_source(config, request)
     part = inspect_part(source, config.train.keypoints)
     if config.symmetry:
         symmetries_of(config.symmetry, source.load())
     with locked(request.work):
-        state = WorkState(request.work, _arguments(config, request, part))
-        _free(request, state)
+        state = WorkState(request.work, arguments(config, request, part))
+        refuse_taken_folder(request, state)
         scene = config.scene_for(part.diameter_m)
         if stages is None:
             real = RealStages(
@@ -122,53 +104,6 @@ def new_object(
             )  # fmt: skip
         chain = _Chain(config, request, part, state, real if stages is None else stages(part), now, begun)
         return chain.run()
-
-
-def _checked(config: NewObjectConfig, request: NewObjectRequest) -> MeshSource:
-    """Refuse what can be seen at once."""
-    if request.budget_s < LEAST_BUDGET_S:
-        raise NewObjectError(
-            f"budget: {request.budget_s:.0f} s are too few to render, train and calibrate; give 5m or more (20m is a "
-            "good start)."
-        )
-    if not NAME.fullmatch(request.name):
-        raise NewObjectError(
-            f"name: {request.name!r} cannot be part of a ROS topic; use a letter, then letters, digits or underscores."
-        )
-    if request.work.resolve() in (request.out.resolve(), *request.out.resolve().parents):
-        raise NewObjectError(f"{request.work}: the work folder must not hold the model's folder {request.out}.")
-    for bag in request.bags:
-        if not bag.exists():
-            raise NewObjectError(f"{bag}: there is no such bag.")
-    initial = config.train.initial
-    if initial and not Path(initial).exists():
-        load_bundle(find_model(initial))
-    path = request.mesh if request.mesh == DEMO else str(Path(request.mesh).resolve())
-    return MeshSource(path, None if request.mesh == DEMO else request.unit, request.name)
-
-
-def _arguments(config: NewObjectConfig, request: NewObjectRequest, part: PartFacts) -> dict[str, Any]:
-    """Return everything that decides the model, in plain data, under the names that a user knows."""
-    return {
-        "mesh": Path(request.mesh).name,
-        "mesh content": part.digest,
-        "unit": request.unit,
-        "name": request.name,
-        "budget": f"{request.budget_s:g} s",
-        "out": str(request.out.resolve()),
-        "bags": {str(bag.resolve()): file_digest(bag) for bag in request.bags},
-        "settings": to_mapping(config),
-        "renderer": RENDERER,
-    }
-
-
-def _free(request: NewObjectRequest, state: WorkState) -> None:
-    """Refuse to put the model where something else is; what this very work has put there is its own."""
-    if not request.out.exists() or state.decided(PUBLISHING):
-        return
-    if not request.overwrite:
-        raise NewObjectError(f"{request.out}: exists already; choose another --name or --out, or give --overwrite.")
-    load_bundle(request.out)  # only a model is replaced: said now, not after hours
 
 
 @dataclass

@@ -14,7 +14,7 @@ from ukd_ros.distillation.new_object_part import PartFacts
 from ukd_ros.distillation.new_object_plan import TEACHERS_FROM_S, Plan
 
 if TYPE_CHECKING:
-    from ukd_ros.distillation.new_object_stages import NewObjectConfig
+    from ukd_ros.distillation.new_object_request import NewObjectConfig
 
 GOOD, FAIR = 0.75, 0.4
 """ADD-0.1d on held-out renders from which a student is called good, and fair."""

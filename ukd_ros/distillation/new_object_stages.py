@@ -11,15 +11,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from ukd_ros.data.augment import AugmentConfig
-from ukd_ros.data.dataset import WindowConfig
 from ukd_ros.data.preview import write_contact_sheet
 from ukd_ros.data.progress import Progress, Stopped, listening
 from ukd_ros.data.render_dataset import CHUNK, MeshSource, render_dataset
@@ -31,9 +29,10 @@ from ukd_ros.distillation.distill import DistillConfig, distill_on_folders
 from ukd_ros.distillation.ensemble import member_folder, train_ensemble
 from ukd_ros.distillation.evaluate import evaluate_model
 from ukd_ros.distillation.export import export_checkpoint, trained_options
-from ukd_ros.distillation.guide import GuideOptions
+from ukd_ros.distillation.from_bags_request import FromBagsConfig
 from ukd_ros.distillation.new_object_part import symmetries_of
 from ukd_ros.distillation.new_object_plan import STARVED, TICKS, Pace, Rates
+from ukd_ros.distillation.new_object_request import NewObjectConfig
 from ukd_ros.distillation.train import TrainConfig, open_folders, train_on_folders
 
 logger = logging.getLogger(__name__)
@@ -46,61 +45,6 @@ CHECKPOINT_S = 15.0
 
 SEEDS_APART = 1_000_003
 """Renders for training, calibration and evaluation are scenes of seeds so far apart."""
-
-
-def scenes_for_a_part() -> SceneConfig:
-    """Return the scenes of an unknown part: upright on a table or held up, the views that a robot's camera has of it.
-
-    Views over all rotations cost ten times the accuracy in the same time (docs/results.md), so they are asked for
-    (`--set scene.view=uniform`). Collages and crowds make a student that also works on photographs.
-    """
-    return SceneConfig(
-        width=480, height=360, fov_deg=(45.0, 65.0), targets=(2, 4), distractors=(3, 10), elevation_deg=(5.0, 85.0),
-        roll_sigma_deg=15.0, occluded_fraction=0.3, min_visible=0.4, truncated_fraction=0.05, crowded_fraction=0.3,
-        busy_fraction=0.3, texture_pool=48,
-    )  # fmt: skip
-
-
-def training_of_a_part() -> TrainConfig:
-    """Return how a part is learned: on the demo student's layers, which saves the first 100,000 windows."""
-    return TrainConfig(
-        initial="spray_bottle", micro_batch=32, warmup=0.05, positives=24, checkpoint_every=100, validate_every=0,
-        window=WindowConfig(rotation_deg=10.0, zoom_fraction=0.7, augment=AugmentConfig(cover_probability=0.2)),
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class NewObjectConfig:
-    """How a part's student is made; the budget decides how long."""
-
-    distances: tuple[float, float] = field(
-        default=(2.0, 4.5),
-        metadata={"help": "Camera to part in the renders; replaces scene.distance.", "unit": "diameters"},
-    )
-    symmetry: tuple[str, ...] = field(
-        default=(), metadata={"help": "Turns that nobody can tell: z (any turn about z), z:180, z:120, z:90 or z:60."}
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of renders and training."})
-    teachers: int = field(default=2, metadata={"help": "Teachers, trained side by side, from a budget of 1h on."})
-    scene: SceneConfig = field(default_factory=scenes_for_a_part, metadata={"help": "The renders, as in ukd render."})
-    train: TrainConfig = field(
-        default_factory=training_of_a_part, metadata={"help": "The training, as in ukd train; the budget sets steps."}
-    )
-    guide: GuideOptions = field(
-        default_factory=GuideOptions, metadata={"help": "What teachers tell the student, as in ukd distill."}
-    )
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be rendered or taught; ValueError names the field."""
-        if len(self.distances) != 2 or not 1.0 <= self.distances[0] <= self.distances[1] <= 50.0:
-            raise ValueError(f"distances: must be (low, high) within 1..50 diameters, got {tuple(self.distances)}.")
-        if not 2 <= self.teachers <= 8:
-            raise ValueError(f"teachers: is {self.teachers}, but 2..8 are needed: one alone cannot disagree.")
-
-    def scene_for(self, diameter_m: float) -> SceneConfig:
-        """Return the scenes of a part of this size; nothing is nearer than 8 cm, where cameras are out of focus."""
-        low, high = (max(0.08, factor * diameter_m) for factor in self.distances)
-        return replace(self.scene, distance=(round(low, 4), round(max(high, 1.5 * low), 4)))
 
 
 @dataclass(frozen=True)
@@ -340,7 +284,7 @@ class RealStages:
 
     def adapt(self, teachers: Sequence[Path], initial: Path, steps: int, left_s: Callable[[], float]) -> dict[str, str]:
         """See `Stages`."""
-        from ukd_ros.distillation.from_bags import FromBagsConfig, distill_from_bags  # reads bags: needs rosbags
+        from ukd_ros.distillation.from_bags import distill_from_bags  # reads bags: needs rosbags
 
         distil = replace(
             self._beside_teachers(steps, initial), unlabelled_share=FromBagsConfig().distill.unlabelled_share

@@ -32,7 +32,7 @@ PACKAGES = {
 
 
 class Result(Protocol):
-    """What is read of distillation.from_bags.FromBagsResult."""
+    """What is read of distillation.from_bags_request.FromBagsResult."""
 
     @property
     def model(self) -> Path:

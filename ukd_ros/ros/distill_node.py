@@ -82,7 +82,8 @@ Job = Callable[[DistillNodeOptions, bool], Result]
 def distill_bags(options: DistillNodeOptions, progress: bool) -> Result:
     """Do what the options say with distillation.from_bags; its errors are single sentences."""
     # torch and what comes with it: neither --help nor a refused parameter should wait for that
-    from ukd_ros.distillation.from_bags import FromBagsConfig, distill_from_bags
+    from ukd_ros.distillation.from_bags import distill_from_bags
+    from ukd_ros.distillation.from_bags_request import FromBagsConfig
 
     words = [*options.settings, *([f"name={options.name}"] if options.name else [])]
     file = path_of(options.config) if options.config else share_file("config/distill_bags.yaml")

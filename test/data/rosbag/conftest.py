@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets the tests of this room share their makers of bags."""
+"""Lets the tests of bags share their makers of bags."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-# They are imported as data.bag_making; pytest's importlib mode puts no folder on the path itself.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# They are imported as data.rosbag.making; pytest's importlib mode puts no folder on the path itself.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))

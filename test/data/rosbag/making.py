@@ -16,9 +16,9 @@ import numpy.typing as npt
 from rosbags.rosbag1 import Writer as Writer1
 from rosbags.rosbag2 import CompressionFormat, CompressionMode, StoragePlugin, Writer
 
-from ukd_ros.data.bag_compression import zstd
-from ukd_ros.data.bag_types import IMAGE_TYPES, INFO_TYPE, POSE_TYPE, store
-from ukd_ros.data.bags import camera_info
+from ukd_ros.data.rosbag.compression import zstd
+from ukd_ros.data.rosbag.message_types import IMAGE_TYPES, INFO_TYPE, POSE_TYPE, store
+from ukd_ros.data.rosbag.writer import camera_info
 from ukd_ros.geometry.camera import Camera
 from ukd_ros.geometry.pose import Pose
 

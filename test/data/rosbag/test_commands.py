@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from data.bag_making import START, Recorded, stream, write_mcap, write_ros2
+from data.rosbag.making import START, Recorded, stream, write_mcap, write_ros2
 
 from ukd_ros.cli import main
 from ukd_ros.data.bop import BopDataset

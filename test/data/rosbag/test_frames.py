@@ -16,7 +16,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from data.bag_making import (
+from data.rosbag.making import (
     CAMERA,
     START,
     STEP,
@@ -34,12 +34,12 @@ from data.bag_making import (
     write_ros2,
 )
 
-from ukd_ros.data.bag_frames import BagFramesReport, BagOptions, bags_to_bop
-from ukd_ros.data.bag_plan import make_plan
-from ukd_ros.data.bag_survey import Frame, Survey, timeline
-from ukd_ros.data.bag_types import IMAGE_TYPES, INFO_TYPE, store
 from ukd_ros.data.bags import BagError, write_bag
 from ukd_ros.data.bop import BopDataset
+from ukd_ros.data.rosbag.frames import BagFramesReport, BagOptions, bags_to_bop
+from ukd_ros.data.rosbag.message_types import IMAGE_TYPES, INFO_TYPE, store
+from ukd_ros.data.rosbag.plan import make_plan
+from ukd_ros.data.rosbag.survey import Frame, Survey, timeline
 from ukd_ros.data.undistortion import undistorted
 from ukd_ros.data.whole_files import write_bytes
 from ukd_ros.geometry.camera import Camera, DistortionModel
@@ -435,7 +435,7 @@ def test_a_full_disk_leaves_whole_scenes_and_the_next_call_goes_on(
             raise OSError(28, "No space left on device", str(path))
         write_bytes(path, data)
 
-    monkeypatch.setattr("ukd_ros.data.bag_scenes.write_bytes", filling)
+    monkeypatch.setattr("ukd_ros.data.rosbag.scenes.write_bytes", filling)
     with pytest.raises(BagError, match="No space left on device.*goes on"):
         convert(bag, tmp_path / "out", SPLIT)
     scenes = [p for split in ("train", "held_out") for p in (tmp_path / "out" / split).glob("*")]
@@ -451,7 +451,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_result(tmp_path: Path, repo
     convert(bag, tmp_path / "unbroken", SPLIT)
     out = tmp_path / "out"
     words = ["bag", "to-bop", str(bag), "--out", str(out), "--quiet", "--set", "min_change=0", "guard_s=0.25"]
-    code = f"import time, ukd_ros.data.bag_scenes as s; w = s.write_bytes; \
+    code = f"import time, ukd_ros.data.rosbag.scenes as s; w = s.write_bytes; \
 s.write_bytes = lambda p, d: (time.sleep(0.03), w(p, d)); import ukd_ros.cli as c; c.main({words!r})"
     killed = 0
     for wanted in (1, 3):

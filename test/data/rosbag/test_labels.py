@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data.bag_making import (
+from data.rosbag.making import (
     START,
     STEP,
     Recorded,
@@ -21,12 +21,12 @@ from data.bag_making import (
     write_ros2,
 )
 
-from ukd_ros.data.bag_frames import BagFramesReport, BagOptions, bags_to_bop
-from ukd_ros.data.bag_labels import Stamped, read_labels
-from ukd_ros.data.bag_poses import FrameTree, PoseSeries, Unknown
-from ukd_ros.data.bag_types import DETECTIONS_TYPE, POSE_TYPE, POSE_TYPES, TF_TYPES, store
 from ukd_ros.data.bags import BagError, BagReader
 from ukd_ros.data.bop import BopDataset
+from ukd_ros.data.rosbag.frames import BagFramesReport, BagOptions, bags_to_bop
+from ukd_ros.data.rosbag.labels import Stamped, read_labels
+from ukd_ros.data.rosbag.message_types import DETECTIONS_TYPE, POSE_TYPE, POSE_TYPES, TF_TYPES, store
+from ukd_ros.data.rosbag.poses import FrameTree, PoseSeries, Unknown
 from ukd_ros.geometry.pose import Pose, exp_so3
 
 TURN = np.array([0.1, -0.4, 0.7])

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from data.bag_making import (
+from data.rosbag.making import (
     START,
     STEP,
     McapShape,
@@ -28,11 +28,11 @@ from data.bag_making import (
     write_ros2,
 )
 
-from ukd_ros.data import bag_compression
-from ukd_ros.data.bag_compression import decompressed, unpack_file, zstd
-from ukd_ros.data.bag_info import bag_info
-from ukd_ros.data.bag_storage import MAX_BYTES, BrokenMessage
 from ukd_ros.data.bags import BagError, BagReader, bag_views
+from ukd_ros.data.rosbag import compression
+from ukd_ros.data.rosbag.compression import decompressed, unpack_file, zstd
+from ukd_ros.data.rosbag.info import bag_info
+from ukd_ros.data.rosbag.storage import MAX_BYTES, BrokenMessage
 from ukd_ros.geometry.view import View
 
 IMAGES = "/camera/image_raw"
@@ -334,7 +334,7 @@ def test_a_compressed_file_that_is_a_bomb_is_refused(tmp_path: Path) -> None:
 def test_unpacking_stops_where_the_disk_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noise = np.random.default_rng(0).integers(0, 256, 4 * 2**20, dtype=np.uint8).tobytes()
     (tmp_path / "bag.mcap.zstd").write_bytes(zstd.compress(noise))
-    monkeypatch.setattr(bag_compression, "SPARE_BYTES", shutil.disk_usage(tmp_path).free - 2**20)
+    monkeypatch.setattr(compression, "SPARE_BYTES", shutil.disk_usage(tmp_path).free - 2**20)
     with pytest.raises(BagError, match="does not fit"):
         unpack_file(tmp_path / "bag.mcap.zstd", tmp_path / "bag.mcap")
 
@@ -347,7 +347,7 @@ def test_absurd_lengths_in_an_mcap_are_not_allocated(tmp_path: Path) -> None:
 
 
 def test_a_blob_beyond_the_limit_is_refused_by_its_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ukd_ros.data.bag_sqlite as module
+    import ukd_ros.data.rosbag.sqlite as module
 
     bag = write_ros2(tmp_path / "bag", stream(4), "sqlite3")
     monkeypatch.setattr(module, "MAX_BYTES", 10_000)
@@ -407,7 +407,7 @@ def test_random_damage_never_escapes_as_another_error(kind: str, tmp_path: Path,
 
 
 def test_bytes_of_no_message_are_a_bag_error_whatever_they_are(tmp_path: Path, rng: np.random.Generator) -> None:
-    from ukd_ros.data.bag_types import BagMessage, store
+    from ukd_ros.data.rosbag.message_types import BagMessage, store
 
     types = store().types
     header = types["std_msgs/msg/Header"](stamp=types["builtin_interfaces/msg/Time"](sec=1, nanosec=0), frame_id="a")

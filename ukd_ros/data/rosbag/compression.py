@@ -12,7 +12,7 @@ from typing import Any
 
 from lz4.frame import LZ4FrameDecompressor
 
-from ukd_ros.data.bag_storage import BagError, BrokenMessage
+from ukd_ros.data.rosbag.storage import BagError, BrokenMessage
 
 if sys.version_info >= (3, 14):
     from compression import zstd as zstd

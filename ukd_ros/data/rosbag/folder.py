@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ukd_ros.data.bag_storage import BagError
+from ukd_ros.data.rosbag.storage import BagError
 
 METADATA = "metadata.yaml"
 MAX_METADATA = 8 * 2**20

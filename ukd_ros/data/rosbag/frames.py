@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ukd_ros.config import to_mapping
-from ukd_ros.data.bag_folder import find_files
-from ukd_ros.data.bag_frames_report import BagFramesReport as BagFramesReport
-from ukd_ros.data.bag_frames_report import make_report
-from ukd_ros.data.bag_options import BagOptions as BagOptions
-from ukd_ros.data.bag_plan import HELD_OUT, TRAIN, Plan, ScenePlan, make_plan
-from ukd_ros.data.bag_scenes import scene_folder, write_scene
-from ukd_ros.data.bag_survey import Survey, dumps, loads, survey_bag
-from ukd_ros.data.bags import BagError, BagReader
 from ukd_ros.data.progress import Bar
+from ukd_ros.data.rosbag.folder import find_files
+from ukd_ros.data.rosbag.frames_report import BagFramesReport as BagFramesReport
+from ukd_ros.data.rosbag.frames_report import make_report
+from ukd_ros.data.rosbag.options import BagOptions as BagOptions
+from ukd_ros.data.rosbag.plan import HELD_OUT, TRAIN, Plan, ScenePlan, make_plan
+from ukd_ros.data.rosbag.reader import BagReader
+from ukd_ros.data.rosbag.scenes import scene_folder, write_scene
+from ukd_ros.data.rosbag.storage import BagError
+from ukd_ros.data.rosbag.survey import Survey, dumps, loads, survey_bag
 from ukd_ros.data.whole_files import write_bytes
 
 logger = logging.getLogger(__name__)

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ukd_ros.data.bag_folder import shown
-from ukd_ros.data.bag_plan import HELD_OUT, TRAIN, Plan
-from ukd_ros.data.bag_survey import Survey
+from ukd_ros.data.rosbag.folder import shown
+from ukd_ros.data.rosbag.plan import HELD_OUT, TRAIN, Plan
+from ukd_ros.data.rosbag.survey import Survey
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ukd_ros.data.bags import write_bag
 from ukd_ros.data.bop import BopDataset, BopError
+from ukd_ros.data.rosbag.writer import write_bag
 from ukd_ros.geometry.view import LabelledView
 
 START_NS = 1_000_000_000

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ukd_ros.data.bag_folder import shown
-from ukd_ros.data.bag_options import BagOptions
-from ukd_ros.data.bag_survey import timeline
-from ukd_ros.data.bag_topics import choose_topics, rate_hz
-from ukd_ros.data.bag_types import INFO_TYPE, understood
-from ukd_ros.data.bags import BagError, BagReader
+from ukd_ros.data.rosbag.folder import shown
+from ukd_ros.data.rosbag.message_types import INFO_TYPE, understood
+from ukd_ros.data.rosbag.options import BagOptions
+from ukd_ros.data.rosbag.reader import BagReader
+from ukd_ros.data.rosbag.storage import BagError
+from ukd_ros.data.rosbag.survey import timeline
+from ukd_ros.data.rosbag.topics import choose_topics, rate_hz
 from ukd_ros.perception.images import CameraInfoError, camera_from_message
 
 MB = 1e6

@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-from ukd_ros.data.bag_options import BagOptions
-from ukd_ros.data.bag_poses import FrameTree, PoseSeries, Unknown, bare
-from ukd_ros.data.bag_types import DETECTIONS_TYPE, POSE_TYPE, POSE_TYPES, TF_TYPES
-from ukd_ros.data.bags import TRUTH_PREFIX, BagError, BagReader
+from ukd_ros.data.rosbag.message_types import DETECTIONS_TYPE, POSE_TYPE, POSE_TYPES, TF_TYPES
+from ukd_ros.data.rosbag.options import BagOptions
+from ukd_ros.data.rosbag.poses import FrameTree, PoseSeries, Unknown, bare
+from ukd_ros.data.rosbag.reader import BagReader
+from ukd_ros.data.rosbag.storage import BagError
+from ukd_ros.data.rosbag.writer import TRUTH_PREFIX
 from ukd_ros.geometry.pose import Pose
 
 STATIC = "/tf_static"

@@ -17,9 +17,9 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from ukd_ros.data.bag_compression import decompressed
-from ukd_ros.data.bag_mcap_summary import MAGIC, next_chunk
-from ukd_ros.data.bag_storage import (
+from ukd_ros.data.rosbag.compression import decompressed
+from ukd_ros.data.rosbag.mcap_summary import MAGIC, next_chunk
+from ukd_ros.data.rosbag.storage import (
     FAR_NS,
     MAX_BYTES,
     BagError,

@@ -11,8 +11,8 @@ from rosbags.serde import SerdeError
 from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 from rosbags.typesys.store import Typestore
 
-from ukd_ros.data.bag_compression import ZSTD_MAGIC, decompressed
-from ukd_ros.data.bag_storage import MAX_BYTES, BrokenMessage
+from ukd_ros.data.rosbag.compression import ZSTD_MAGIC, decompressed
+from ukd_ros.data.rosbag.storage import MAX_BYTES, BrokenMessage
 
 IMAGE_TYPES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
 INFO_TYPE = "sensor_msgs/msg/CameraInfo"

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ukd_ros.data.bag_options import BagOptions
-from ukd_ros.data.bag_survey import Frame, Survey
-from ukd_ros.data.bags import BagError
+from ukd_ros.data.rosbag.options import BagOptions
+from ukd_ros.data.rosbag.storage import BagError
+from ukd_ros.data.rosbag.survey import Frame, Survey
 
 TRAIN, HELD_OUT = "train", "held_out"
 

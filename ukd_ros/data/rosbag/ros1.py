@@ -11,8 +11,8 @@ from typing import BinaryIO
 import numpy as np
 from rosbags.rosbag1 import Reader, ReaderError
 
-from ukd_ros.data.bag_compression import decompressed
-from ukd_ros.data.bag_storage import (
+from ukd_ros.data.rosbag.compression import decompressed
+from ukd_ros.data.rosbag.storage import (
     FAR_NS,
     MAX_BYTES,
     BagError,

@@ -14,10 +14,11 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from ukd_ros.data.bag_plan import ScenePlan
-from ukd_ros.data.bag_survey import Frame, Survey, camera_of
-from ukd_ros.data.bags import BagError, BagReader, Entry
 from ukd_ros.data.bop import gt_entry
+from ukd_ros.data.rosbag.plan import ScenePlan
+from ukd_ros.data.rosbag.reader import BagReader, Entry
+from ukd_ros.data.rosbag.storage import BagError
+from ukd_ros.data.rosbag.survey import Frame, Survey, camera_of
 from ukd_ros.data.undistortion import undistorted
 from ukd_ros.data.whole_files import write_bytes
 from ukd_ros.geometry.pose import Pose

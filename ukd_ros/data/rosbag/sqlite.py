@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ukd_ros.data.bag_storage import (
+from ukd_ros.data.rosbag.storage import (
     FAR_NS,
     MAX_BYTES,
     BagError,

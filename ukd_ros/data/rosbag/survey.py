@@ -18,12 +18,12 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from ukd_ros.data.bag_labels import FrameLabel, Stamped, read_labels
-from ukd_ros.data.bag_options import BagOptions
-from ukd_ros.data.bag_storage import IntArray
-from ukd_ros.data.bag_topics import Chosen, choose_topics
-from ukd_ros.data.bags import BagError, BagIndex, BagReader, Entry
 from ukd_ros.data.progress import Bar
+from ukd_ros.data.rosbag.labels import FrameLabel, Stamped, read_labels
+from ukd_ros.data.rosbag.options import BagOptions
+from ukd_ros.data.rosbag.reader import BagIndex, BagReader, Entry
+from ukd_ros.data.rosbag.storage import BagError, IntArray
+from ukd_ros.data.rosbag.topics import Chosen, choose_topics
 from ukd_ros.geometry.camera import Camera
 from ukd_ros.geometry.view import View
 from ukd_ros.perception.images import CameraInfoError, ImageError, view_from_messages

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ukd_ros.data.bag_folder import shown
-from ukd_ros.data.bag_options import BagOptions
-from ukd_ros.data.bag_storage import IntArray
-from ukd_ros.data.bag_types import IMAGE_TYPES, INFO_TYPE
-from ukd_ros.data.bags import BagError, BagReader
+from ukd_ros.data.rosbag.folder import shown
+from ukd_ros.data.rosbag.message_types import IMAGE_TYPES, INFO_TYPE
+from ukd_ros.data.rosbag.options import BagOptions
+from ukd_ros.data.rosbag.reader import BagReader
+from ukd_ros.data.rosbag.storage import BagError, IntArray
 
 DEPTH_ENCODINGS = ("16UC1", "32FC1")
 MAX_LISTED = 30
