@@ -8,7 +8,7 @@ the node's output by whole lines: a line every ten seconds says how far it is, a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, List  # noqa: UP035
 
 import yaml
 from launch import LaunchContext, LaunchDescription
@@ -16,6 +16,7 @@ from launch.actions import DeclareLaunchArgument, OpaqueFunction, Shutdown
 from launch.events.process import ProcessExited
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
+from launch_ros.parameter_descriptions import ParameterValue
 
 from ukd_ros.ros.distill_options import NAME, DistillNodeOptions, option_fields
 from ukd_ros.ros.fastdds import share_file
@@ -69,6 +70,14 @@ def given_parameters(context: LaunchContext) -> dict[str, Any]:
     return given
 
 
+def as_it_is(value: Any) -> Any:
+    """Return a parameter of which launch_ros reads no text as YAML: a bag 2026 or yes is text and stays it."""
+    if isinstance(value, str):
+        return ParameterValue(value, value_type=str)
+    # typing.List is what launch's documentation names; it compares types itself
+    return ParameterValue(value, value_type=List[str]) if isinstance(value, list) else value  # noqa: UP006
+
+
 def pass_on(event: ProcessExited, context: LaunchContext) -> Shutdown:
     """End the launch with the node; an exception is the only way to another status than 0."""
     if event.returncode != 0:
@@ -88,7 +97,10 @@ def start(context: LaunchContext) -> list[Any]:
             name=NAME,
             namespace=argument["namespace"],
             output="screen",
-            parameters=[argument["params_file"] or str(share_file("config/distill_node.yaml")), given],
+            parameters=[
+                argument["params_file"] or str(share_file("config/distill_node.yaml")),
+                {name: as_it_is(value) for name, value in given.items()},
+            ],
             arguments=["--ros-args", "--log-level", f"{NAME}:={argument['log_level']}"],
             sigterm_timeout=str(stop_within_s + PATIENCE_S),
             on_exit=pass_on,

@@ -259,6 +259,7 @@ def bag(options: argparse.Namespace) -> int:
     """Say what bags hold, or write their frames as a BOP-format folder."""
     from ukd_ros.data.rosbag.frames import BagOptions, bags_to_bop
     from ukd_ros.data.rosbag.info import bag_info
+    from ukd_ros.data.rosbag.storage import BagError
 
     config = load_config(BagOptions, options.config, options.set)
     if options.settings:
@@ -266,9 +267,16 @@ def bag(options: argparse.Namespace) -> int:
     if not options.bag:
         raise UsageError(f"no bag is named; see ukd {options.command} --help")
     if options.action == "info":
+        broken = 0
         for path in options.bag:
-            print(bag_info(path, config).text())
-        return 0
+            try:
+                print(bag_info(path, config).text())
+            except (BagError, OSError) as error:
+                if len(options.bag) == 1:
+                    raise
+                broken += 1
+                sys.stderr.write(f"ukd bag: {' '.join(str(error).split())}\n")
+        return 2 if broken else 0
     _needs(options, "out")
     names = {name: number for number, name in options.name} or None
     report = bags_to_bop(options.bag, options.out, config, names=names, progress=not options.quiet)

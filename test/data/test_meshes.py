@@ -172,6 +172,27 @@ def test_simplified_shrinks_nothing() -> None:
     assert np.allclose(np.ptp(out.vertices, axis=0), (0.1, 0.2, 0.3), atol=0.001)  # corners stay corners
 
 
+def test_text_that_is_not_utf_8_is_read(tmp_path: Path) -> None:
+    """CAD programs on Windows write the part's name in Latin-1."""
+    ply = write_ascii_ply(tmp_path / "a.ply", 100.0)
+    ply.write_bytes(ply.read_bytes().replace(b" 1.0\n", b" 1.0\ncomment Pr\xfcfling\n", 1))
+    obj = write_obj(tmp_path)
+    obj.write_bytes(b"# Pr\xfcfling\n" + obj.read_bytes())
+    (tmp_path / "m.mtl").write_bytes(b"# Gr\xfcn\nnewmtl a\nKd 0 1 0\n")
+    solid = trimesh.Trimesh(CUBE * 100.0, TRIANGLES).export(file_type="stl_ascii")
+    stl = tmp_path / "a.stl"
+    stl.write_bytes(solid.encode().replace(b"solid", b"solid Pr\xfcfling", 1))
+    for path, unit in ((ply, "mm"), (obj, "m"), (stl, "mm")):
+        assert diameter_of(load_mesh(path, unit).vertices) == pytest.approx(0.1 * np.sqrt(3))
+
+
+def test_a_binary_stl_cut_off_says_so(tmp_path: Path) -> None:
+    path = write_binary_stl(tmp_path / "a.stl", 100.0)
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(MeshError, match=r"a\.stl: promises 12 triangles.*cut off"):
+        load_mesh(path, "mm")
+
+
 def test_normals_of_a_sphere_are_its_radii() -> None:
     t, p = np.meshgrid(np.linspace(0, 2 * np.pi, 60), np.linspace(0.02, np.pi - 0.02, 60))
     v = np.stack([np.sin(p) * np.cos(t), np.sin(p) * np.sin(t), np.cos(p)], axis=-1).reshape(-1, 3)

@@ -40,8 +40,8 @@ def save_teachers(folder: Path, count: int = 2) -> Path:
 
 
 def labelled_views(out: Path) -> Path:
-    """Write every third frame of the bag with its truth as a BOP folder with the object's mesh."""
-    options = BagOptions(min_change=0.0, held_out=0.0, max_frames=50)
+    """Write 80 frames of the bag with its truth as a BOP folder with the object's mesh."""
+    options = BagOptions(min_change=0.0, held_out=0.0, max_frames=80)
     bags_to_bop([BAG], out, options, names={DEMO_NAME: 1}, progress=False)
     (out / "models").mkdir(exist_ok=True)
     write_ply(out / "models" / "obj_000001.ply", demo_mesh())

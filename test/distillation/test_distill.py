@@ -27,12 +27,13 @@ from ukd_ros.distillation.checkpoint import load_checkpoint
 from ukd_ros.distillation.distill import DistillConfig, distill
 from ukd_ros.distillation.guidance import PADDING, Guidance, teach
 from ukd_ros.distillation.guide import TERMS, Guide, GuideOptions
-from ukd_ros.distillation.teacher import Ensemble, TeacherError
+from ukd_ros.distillation.teacher import Ensemble, EnsembleVotes, TeacherError
 from ukd_ros.distillation.teacher_cache import SHARD, CacheError, open_cache
 from ukd_ros.distillation.train import TrainConfig, TrainingDiverged, train
 from ukd_ros.distillation.transport import TransportOptions
 from ukd_ros.distillation.unlabelled import propose
 from ukd_ros.distillation.vote_losses import AlignOptions
+from ukd_ros.geometry.camera import Camera
 from ukd_ros.geometry.view import View
 from ukd_ros.perception.network import KeypointNetwork, NetworkConfig, RawOutput, cell_features
 
@@ -128,12 +129,29 @@ def test_a_window_without_labels_is_read_by_the_teachers_themselves(
 
 def test_the_teachers_propose_boxes_in_pixels_of_the_frame(ensemble: Ensemble) -> None:
     views = [View(v.image, v.camera) for v in (CubeViews(2).view(i) for i in range(2))]
-    boxes = propose(ensemble, views, 160, progress=False)
+    boxes = propose(ensemble, enumerate(views), 160, progress=False)
     assert boxes and {number for number, _ in boxes} <= {0, 1}
     size = np.array([CAMERA.width, CAMERA.height])
     middle = np.array([(box[:2] + box[2:]) / 2 for _, box in boxes])
     assert (middle > -size).all() and (middle < 2 * size).all()
     assert np.ptp(middle, axis=0).max() > 20  # in the frame, not in one corner at the network's scale
+
+
+def test_a_frames_shape_does_not_decide_how_much_memory_is_asked_for(
+    ensemble: Ensemble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bag may say that its images are 8 px wide and 4,000 high."""
+    sizes = []
+
+    def predict(images: Tensor) -> EnsembleVotes:
+        sizes.append(tuple(images.shape))
+        return Ensemble.predict(ensemble, images)
+
+    monkeypatch.setattr(ensemble, "predict", predict)
+    strange = Camera(8, 4000, CAMERA.matrix)
+    views = [CubeViews(1).view(0), View(np.zeros((4000, 8, 3), np.uint8), strange)]
+    propose(ensemble, enumerate(views), 160, progress=False)
+    assert sizes == [(1, 3, 128, 160)] * 2
 
 
 # ---- what the student is told ----------------------------------------------------------------------------------

@@ -14,11 +14,14 @@ import pytest
 import trimesh
 
 from ukd_ros.cli import main
+from ukd_ros.config import load_config
+from ukd_ros.data.bags import BagWriter
 from ukd_ros.data.demo_object import DEMO_NAME
 from ukd_ros.data.meshes import MeshError
 from ukd_ros.data.progress import Progress, Stopped
 from ukd_ros.data.render_dataset import DEMO, MeshSource
 from ukd_ros.data.renderer import RendererError
+from ukd_ros.data.rosbag.options import BagOptions
 from ukd_ros.distillation import new_object as chain_module
 from ukd_ros.distillation.new_object import NewObjectResult, new_object
 from ukd_ros.distillation.new_object_part import PartFacts, inspect_part, symmetries_of
@@ -28,6 +31,8 @@ from ukd_ros.distillation.new_object_request import NewObjectConfig, NewObjectEr
 from ukd_ros.distillation.new_object_stages import RealStages, Trained
 from ukd_ros.distillation.new_object_state import WorkError, WorkState, locked
 from ukd_ros.distillation.train import TrainConfig
+from ukd_ros.geometry.camera import Camera
+from ukd_ros.geometry.view import View
 from ukd_ros.perception.bundle import BundleError, find_model, load_bundle
 
 SHIPPED = Path(find_model("spray_bottle"))
@@ -143,9 +148,22 @@ def asked(folder: Path, budget_s: float = 600.0, **changes: Any) -> NewObjectReq
     return replace(request, **changes)
 
 
+def recorded(path: Path, cameras: int = 1) -> Path:
+    """Write a small bag of so many cameras."""
+    with BagWriter(path) as bag:
+        for number in range(cameras):
+            camera = Camera(16, 12, np.array([[20.0, 0, 7.5], [0, 20, 5.5], [0, 0, 1]]))
+            view = View(np.zeros((12, 16, 3), np.uint8), camera, 10**18, f"camera{number}")
+            bag.write_view(view, f"/camera{number}")
+    return path
+
+
 def make(folder: Path, stages: FakeStages, budget_s: float = 600.0, **changes: Any) -> NewObjectResult:
-    request = asked(folder, budget_s, **changes)
-    return new_object(NewObjectConfig(), request, stages=lambda part: stages, now=stages.now, progress=False)
+    return run(NewObjectConfig(), asked(folder, budget_s, **changes), stages)
+
+
+def run(config: NewObjectConfig, request: NewObjectRequest, stages: FakeStages) -> NewObjectResult:
+    return new_object(config, request, stages=lambda part: stages, now=stages.now, progress=False)
 
 
 # ---- the plan ----------------------------------------------------------------------------------------------------
@@ -232,10 +250,8 @@ def test_teachers_come_from_an_hour_on_and_their_absence_is_said(
 
 
 def test_a_bag_adapts_the_student_when_there_are_teachers(tmp_path: Path) -> None:
-    bag = tmp_path / "bag.mcap"
-    bag.write_bytes(b"x")
     stages = FakeStages()
-    make(tmp_path, stages, 7200.0, bags=(bag,))
+    make(tmp_path, stages, 7200.0, bags=(recorded(tmp_path / "bag"),))
     assert stages.time <= 7200.0
     assert stages.calls.index("calibrate") < stages.calls.index("adapt") < stages.calls.index("evaluate")
     assert "12 labels accepted" in (tmp_path / "work" / "report.html").read_text()
@@ -244,13 +260,42 @@ def test_a_bag_adapts_the_student_when_there_are_teachers(tmp_path: Path) -> Non
 def test_an_adaptation_that_fails_leaves_the_model_from_renders_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bag = tmp_path / "bag.mcap"
-    bag.write_bytes(b"x")
+    bag, report = recorded(tmp_path / "bag"), tmp_path / "work" / "report.html"
     with caplog.at_level("WARNING"):
-        result = make(tmp_path, FakeStages(fails="adapt"), 7200.0, bags=(bag,))
+        result = make(tmp_path, FakeStages(fails="adapt"), 3600.0, bags=(bag,))
     assert load_bundle(result.model)
     assert "not adapted to the bag" in caplog.text and "see nothing" in caplog.text
-    assert "see nothing" in (tmp_path / "work" / "report.html").read_text()
+    assert "see nothing" in report.read_text()
+    again = FakeStages()
+    make(tmp_path, again, 3600.0, bags=(bag,))
+    assert again.calls == ["adapt"], "the same call tries again, and nothing else"
+    assert "see nothing" not in report.read_text() and "12 labels accepted" in report.read_text()
+
+
+def test_an_adaptation_that_failed_is_tried_again_with_other_settings_of_the_bag(tmp_path: Path) -> None:
+    request = asked(tmp_path, 3600.0, bags=(recorded(tmp_path / "bag"),))
+    calls = []
+    for bags, fails in ((BagOptions(), "adapt"), (BagOptions(held_out=0.0), "")):
+        stages = FakeStages(fails=fails)
+        run(NewObjectConfig(bags=bags), request, stages)
+        calls.append(stages.calls)
+    assert calls[1] == ["adapt", "evaluate"]
+
+
+def test_bags_are_looked_at_before_any_work(tmp_path: Path) -> None:
+    stages = FakeStages()
+    (tmp_path / "empty.mcap").write_bytes(b"")
+    with pytest.raises(NewObjectError, match="empty"):
+        make(tmp_path, stages, 3600.0, bags=(tmp_path / "empty.mcap",))
+    request = asked(tmp_path, 3600.0, bags=(recorded(tmp_path / "two", cameras=2),))
+    with pytest.raises(NewObjectError, match=r"image_topic.*--set bags\.image_topic"):
+        run(NewObjectConfig(), request, stages)
+    assert stages.calls == []
+    chosen = load_config(NewObjectConfig, None, ["bags.image_topic=/camera1/image/compressed"])
+    run(chosen, request, stages)
+    assert "adapt" in stages.calls
+    real = RealStages(chosen, MeshSource(DEMO), "farthest", chosen.scene, tmp_path, bags=request.bags)
+    assert real.config.bags.image_topic == "/camera1/image/compressed"
 
 
 def test_below_an_hour_a_bag_is_said_to_be_of_no_use(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -369,6 +414,26 @@ def test_a_model_that_is_there_is_replaced_when_asked_for(tmp_path: Path) -> Non
     make(tmp_path / "c", FakeStages(), out=out)  # its own: no need to say it again
 
 
+def test_a_refused_model_folder_binds_nothing_and_its_advice_works(tmp_path: Path) -> None:
+    (tmp_path / "models" / "bottle").mkdir(parents=True)
+    with pytest.raises(NewObjectError, match="choose another --name or --out"):
+        make(tmp_path, FakeStages())
+    make(tmp_path, FakeStages(), name="can", out=tmp_path / "models" / "can")
+    moved = FakeStages()
+    assert make(tmp_path, moved, name="can", out=tmp_path / "elsewhere" / "can").model.is_dir()
+    assert moved.calls == [], "a finished model is put anywhere"
+
+
+def test_a_model_folder_that_cannot_be_written_is_said_before_any_work(tmp_path: Path) -> None:
+    stages = FakeStages()
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(NewObjectError, match="nothing can be written in /proc.*another --out"):
+        make(tmp_path, stages, out=Path("/proc/models/part"))
+    with pytest.raises(NewObjectError, match="file is a file"):
+        make(tmp_path, stages, out=tmp_path / "file" / "part")
+    assert stages.calls == []
+
+
 # ---- what is refused before any work ----------------------------------------------------------------------------
 
 
@@ -452,6 +517,18 @@ def test_a_mesh_is_looked_at(tmp_path: Path) -> None:
     assert facts(tmp_path, holed).open_edges > 0.1
     demo = inspect_part(MeshSource(DEMO), keypoints=12)
     assert demo.coloured and demo.alike == () and demo.keypoint_kind == "farthest"
+
+
+def test_what_a_mesh_says_is_told_before_the_work(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    box = trimesh.creation.box((100, 60, 40))
+    said = " ".join(facts(tmp_path, box).sentences("part", ("x:180",)))
+    assert "--symmetry y:180 --symmetry z:180" in said and "x:180" not in said and "holes" not in said
+    box.update_faces(np.arange(len(box.faces)) > 1)
+    request = asked(tmp_path, mesh=mesh_file(tmp_path, box), unit="mm")
+    with caplog.at_level("INFO"), pytest.raises(NewObjectError):
+        run(NewObjectConfig(), request, FakeStages(fails="calibrate"))
+    start = caplog.text[: caplog.text.index("plan:")]
+    assert "12.3 cm across" in start and "(holes" in start
 
 
 def test_declared_symmetries_are_motions_about_the_middle_of_the_part() -> None:

@@ -21,6 +21,7 @@ from ukd_ros.perception.images import (
     ImageError,
     camera_from_message,
     image_from_message,
+    rectified_topic,
     view_from_messages,
 )
 
@@ -233,6 +234,7 @@ def huge_jpeg() -> bytes:
         (b"", "jpeg", "neither JPEG nor PNG"),
         (b"GIF89a" + b"\x00" * 50, "gif", "neither JPEG nor PNG"),
         (encoded(".png"), "16UC1; compressedDepth png", "depth"),
+        (encoded(".png"), "16UC1; png compressed ", "depth"),
         (huge_png(100_000, 100_000), "png", "megapixels"),
         (huge_jpeg(), "jpeg", "megapixels"),
         (huge_png(0, 5), "png", "no pixels"),
@@ -241,6 +243,27 @@ def huge_jpeg() -> bytes:
 def test_bad_compressed_images_are_refused_with_a_sentence(data: bytes, layout: str, words: str) -> None:
     with pytest.raises(ImageError, match=words):
         image_from_message(compressed(data, layout))
+
+
+@pytest.mark.parametrize(
+    ("topic", "rectified"),
+    [
+        ("/camera/image_rect", True),
+        ("image_rect", True),
+        ("/camera/image_rect_color", True),
+        ("/camera/image_rect_color/compressed", True),
+        ("/camera/infra1/image_rect_raw", True),
+        ("/zed/rgb/color/rect/image", True),
+        ("/camera/image_raw", False),
+        ("/direct/image_raw", False),
+        ("/correction/image_raw", False),
+        ("/unrectified/image_raw", False),
+        ("/camera/image_unrect", False),
+        ("/rectory_cam/image_raw/compressed", False),
+    ],
+)
+def test_a_topic_says_rectified_by_a_word_of_its_own(topic: str, rectified: bool) -> None:
+    assert rectified_topic(topic) is rectified
 
 
 def test_the_limit_is_on_pixels_not_on_sides() -> None:

@@ -9,7 +9,7 @@ rays stay exact.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ukd_ros.data.augment import AugmentConfig, augment
+from ukd_ros.data.decoded import MOST_BYTES, Decoded, Numbered
 from ukd_ros.data.progress import Bar
 from ukd_ros.geometry.camera import Camera
 from ukd_ros.geometry.object_model import ObjectModel
@@ -141,6 +142,10 @@ class _Frame:
     visible: tuple[float, ...]
     area: FloatArray
 
+    def bytes(self) -> int:
+        """Return what its pixels take."""
+        return self.image.nbytes + self.instances.nbytes
+
 
 class WindowDataset:
     """Windows of labelled views, by sample number.
@@ -160,20 +165,41 @@ class WindowDataset:
         self.config = config
         self.models = tuple(models)
         self.seed = seed
+        self.frames: Numbered[_Frame]
         with ThreadPoolExecutor(max_workers=2) as pool:
             loaded = pool.map(lambda i: _load_frame(views.view(i), self.models), range(len(views)))
             self.frames = list(Bar(loaded, total=len(views), desc="decoding views", disable=not progress, unit="view"))
+        self._anchor(progress=False)
+
+    def _anchor(self, progress: bool) -> None:
+        """Note the objects that windows are centred on; ValueError when there is none."""
         self.anchors = [
             (f, o)
-            for f, frame in enumerate(self.frames)
+            for f, frame in enumerate(self._all(progress))
             for o, item in enumerate(frame.objects)
-            if not item.ignored and frame.visible[o] >= config.min_visible
+            if not item.ignored and frame.visible[o] >= self.config.min_visible
         ]
         if not self.anchors:
             names = ", ".join(m.name for m in self.models)
             raise ValueError(
-                f"none of the {len(self.frames)} views shows {names} at least {config.min_visible:.0%} visible"
+                f"none of the {len(self.frames)} views shows {names} at least {self.config.min_visible:.0%} visible"
             )
+
+    def _all(self, progress: bool) -> Iterator[_Frame]:
+        """Yield all frames, and digest them on the way."""
+        found = hashlib.sha256(repr((self.config, self.seed, [m.name for m in self.models])).encode())
+        for model in self.models:
+            found.update(np.ascontiguousarray(model.keypoints_3d).tobytes())
+        numbers = Bar(range(len(self.frames)), desc="looking through views", unit="view", disable=not progress)
+        for number in numbers:
+            frame = self.frames[number]
+            found.update(np.ascontiguousarray(frame.image[::16, ::16]).tobytes())
+            found.update(np.ascontiguousarray(frame.instances[::16, ::16]).tobytes())
+            found.update(repr((frame.visible, [item.ignored for item in frame.objects])).encode())
+            for item in frame.objects:
+                found.update(np.ascontiguousarray(item.xy).tobytes())
+            yield frame
+        self._fingerprint = found.hexdigest()
 
     def __len__(self) -> int:
         """Return the number of objects that windows are centred on: one pass over the data."""
@@ -181,16 +207,7 @@ class WindowDataset:
 
     def fingerprint(self) -> str:
         """Return a digest of the settings, the seed, the objects and the views (of every 16th pixel either way)."""
-        found = hashlib.sha256(repr((self.config, self.seed, [m.name for m in self.models])).encode())
-        for model in self.models:
-            found.update(np.ascontiguousarray(model.keypoints_3d).tobytes())
-        for frame in self.frames:
-            found.update(np.ascontiguousarray(frame.image[::16, ::16]).tobytes())
-            found.update(np.ascontiguousarray(frame.instances[::16, ::16]).tobytes())
-            found.update(repr((frame.visible, [item.ignored for item in frame.objects])).encode())
-            for item in frame.objects:
-                found.update(np.ascontiguousarray(item.xy).tobytes())
-        return found.hexdigest()
+        return self._fingerprint
 
     def sample(self, index: int) -> TrainingSample:
         """Return window number `index` (any non-negative integer; passes over the data are shuffled anew)."""
@@ -284,16 +301,19 @@ class WindowDataset:
 class UnlabelledWindows(WindowDataset):
     """Windows of views without labels, framed on boxes in which somebody supposes an object.
 
-    Cut and augmented as labelled ones are; their samples have no objects and are not `labelled`.
+    Cut and augmented as labelled ones are; their samples have no objects and are not `labelled`. Views are asked for
+    again and again, and only `most_bytes` of them are kept: bags have more frames than memory holds.
     """
 
     def __init__(
         self,
-        views: Sequence[View],
+        views: Numbered[View],
         boxes: Sequence[tuple[int, FloatArray]],
         models: Sequence[ObjectModel],
         config: WindowConfig,
         seed: int,
+        progress: bool = False,
+        most_bytes: int = MOST_BYTES,
     ) -> None:
         """`boxes`: number of the view and [4] x0 y0 x1 y1 px; ValueError when there is none."""
         if not boxes:
@@ -304,13 +324,14 @@ class UnlabelledWindows(WindowDataset):
             corners = np.array([box[:2], box[2:]], np.float64)
             size = float(np.ptp(corners, axis=0).max())
             proposed.setdefault(number, []).append(WindowObject(0, corners, np.zeros((2, 3)), 1.0, size, False))
-        self.frames = []
-        for number, view in enumerate(views):
-            items = tuple(proposed.get(number, ()))
+
+        def frame(number: int) -> _Frame:
+            view, items = views[number], tuple(proposed.get(number, ()))
             nobody = np.zeros(view.image.shape[:2], np.uint8)
-            empty = np.zeros(len(items))
-            self.frames.append(_Frame(view.image, nobody, view.camera, items, (), (1.0,) * len(items), empty))
-        self.anchors = [(f, o) for f, frame in enumerate(self.frames) for o in range(len(frame.objects))]
+            return _Frame(view.image, nobody, view.camera, items, (), (1.0,) * len(items), np.zeros(len(items)))
+
+        self.frames = Decoded(len(views), frame, _Frame.bytes, most_bytes)
+        self.anchors = [(f, o) for f, seen in enumerate(self._all(progress)) for o in range(len(seen.objects))]
 
     def sample(self, index: int) -> TrainingSample:
         """Return window number `index`, without labels."""
@@ -329,46 +350,33 @@ class SupposedObject:
 class SupposedWindows(WindowDataset):
     """Windows of views that somebody labelled with estimates: what was labelled is learnt, the rest is nothing known.
 
-    Cut and augmented as labelled ones are; samples are `supposed`.
+    Cut and augmented as labelled ones are; samples are `supposed`. Views are kept as by `UnlabelledWindows`.
     """
 
     def __init__(
         self,
-        views: Sequence[tuple[View, Sequence[SupposedObject]]],
+        views: Numbered[tuple[View, Sequence[SupposedObject]]],
         models: Sequence[ObjectModel],
         config: WindowConfig,
         seed: int,
+        progress: bool = False,
+        most_bytes: int = MOST_BYTES,
     ) -> None:
         """ValueError when nothing is labelled in any view."""
-        names = [model.name for model in models]
-        whole = [
-            LabelledView(
-                view.image,
-                view.camera,
-                view.stamp_ns,
-                view.frame_id,
-                tuple(ObjectLabel(names[o.class_index], o.T_camera_object, mask=o.mask) for o in objects),
-            )
-            for view, objects in views
-        ]
-        super().__init__(_Listed(whole), models, config, seed)
+        self.config, self.models, self.seed = config, tuple(models), seed
+
+        def frame(number: int) -> _Frame:
+            view, objects = views[number]
+            labels = (ObjectLabel(models[o.class_index].name, o.T_camera_object, mask=o.mask) for o in objects)
+            labelled = LabelledView(view.image, view.camera, view.stamp_ns, view.frame_id, tuple(labels))
+            return _load_frame(labelled, self.models)
+
+        self.frames = Decoded(len(views), frame, _Frame.bytes, most_bytes)
+        self._anchor(progress)
 
     def sample(self, index: int) -> TrainingSample:
         """Return window number `index`, as supposed."""
         return replace(super().sample(index), supposed=True)
-
-
-class _Listed:
-    """Views in memory."""
-
-    def __init__(self, views: Sequence[LabelledView]) -> None:
-        self._views = views
-
-    def __len__(self) -> int:
-        return len(self._views)
-
-    def view(self, index: int) -> LabelledView:
-        return self._views[index]
 
 
 class MixedWindows:

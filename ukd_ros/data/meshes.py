@@ -8,6 +8,8 @@ refused, and a texture that lies outside the mesh's own folder is refused instea
 from __future__ import annotations
 
 import logging
+import struct
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +215,7 @@ def _read_parts(path: Path) -> list[Any]:
                 raise MeshError(
                     f"{path}: refers to {name!r} outside its folder; copy that beside the mesh if you trust it."
                 )
-            return wanted.read_bytes()
+            return _utf8(wanted.read_bytes()) if wanted.suffix.lower() == ".mtl" else wanted.read_bytes()
 
         def write(self, name: str, data: Any) -> None:
             raise MeshError(f"{path}: reading a mesh writes nothing, yet {name!r} was to be written.")
@@ -226,10 +228,9 @@ def _read_parts(path: Path) -> list[Any]:
 
     _require_texture_files(path, root)
     try:
-        with path.open("rb") as stream:
-            loaded = trimesh.load_scene(
-                stream, file_type=path.suffix.lower()[1:], resolver=FolderResolver(), process=False
-            )
+        loaded = trimesh.load_scene(
+            BytesIO(_readable(path)), file_type=path.suffix.lower()[1:], resolver=FolderResolver(), process=False
+        )
         parts = [g for g in loaded.geometry.values() if isinstance(g, trimesh.Trimesh) and len(g.faces) > 0]
     except MeshError:
         raise
@@ -238,6 +239,36 @@ def _read_parts(path: Path) -> list[Any]:
     if not parts:
         raise MeshError(f"{path}: contains no triangles; export a surface mesh, not points or curves.")
     return parts
+
+
+def _readable(path: Path) -> bytes:
+    """Return a mesh file whose text is UTF-8: trimesh asks a package that may be missing what other text may be.
+
+    A name or comment of another encoding loses its strange letters; numbers never have any.
+    """
+    data = path.read_bytes()
+    if path.suffix.lower() == ".ply":
+        header, end, rest = data.partition(b"end_header")
+        return _utf8(header) + end + (rest if b"format binary" in header else _utf8(rest))
+    if path.suffix.lower() == ".stl" and len(data) >= 84:
+        (faces,) = struct.unpack_from("<I", data, 80)
+        if len(data) == 84 + 50 * faces:  # binary
+            return data
+        if not data.lstrip().lower().startswith(b"solid"):
+            raise MeshError(
+                f"{path}: promises {faces} triangles, which are {84 + 50 * faces} bytes, and has {len(data)}: it is "
+                "cut off or damaged; export it again."
+            )
+    return _utf8(data)
+
+
+def _utf8(data: bytes) -> bytes:
+    """Return text as it is where it is UTF-8, else with ? for every byte that is not ASCII (trimesh counts bytes)."""
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data.decode("ascii", "replace").encode("ascii", "replace")
+    return data
 
 
 def _require_texture_files(path: Path, root: Path) -> None:

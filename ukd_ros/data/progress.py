@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -43,6 +44,32 @@ def listening(listener: Callable[[Progress], None]) -> Iterator[None]:
         yield
     finally:
         _listener.reset(token)
+
+
+@contextmanager
+def within(seconds: float | None, words: str) -> Iterator[None]:
+    """Let the work done inside take so many seconds (None: any): at its first step after them it is `Stopped`.
+
+    Whoever listens already is told before.
+    """
+    if seconds is None:
+        yield
+        return
+    end, before = time.monotonic() + seconds, _listener.get()
+
+    def watch(progress: Progress) -> None:
+        if before is not None:
+            before(progress)
+        if time.monotonic() > end:
+            raise Stopped(words)
+
+    try:
+        with listening(watch):
+            yield
+    except Stopped as stop:
+        if time.monotonic() <= end or str(stop) == words:
+            raise
+        raise Stopped(words) from stop  # a stage that kept what it had, and worded that for another command
 
 
 @contextmanager

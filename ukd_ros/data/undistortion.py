@@ -11,6 +11,9 @@ import numpy.typing as npt
 
 from ukd_ros.geometry.camera import Camera, DistortionModel
 
+MAX_SIDE = 32766
+"""OpenCV's remap counts pixels in 16 bits: it takes no image that is wider or higher."""
+
 
 def undistorted(image: npt.NDArray[np.uint8], camera: Camera) -> npt.NDArray[np.uint8]:
     """Return the image [H,W,3] that ``camera.pinhole()`` would see: same size, same matrix, no lens.

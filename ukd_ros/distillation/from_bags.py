@@ -9,9 +9,9 @@ result under `out`, so a call that was stopped, or killed, is gone on with by th
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +20,8 @@ from typing import Any
 import torch
 
 from ukd_ros.config import to_mapping
-from ukd_ros.data.bop import BopDataset
 from ukd_ros.data.dataset import MixedWindows, SupposedWindows, UnlabelledWindows, Windows
-from ukd_ros.data.progress import Stopped
+from ukd_ros.data.progress import Stopped, within
 from ukd_ros.data.rosbag.frames import bags_to_bop
 from ukd_ros.data.rosbag.plan import HELD_OUT, TRAIN
 from ukd_ros.data.whole_files import write_bytes
@@ -32,15 +31,23 @@ from ukd_ros.distillation.checkpoint import load_checkpoint
 from ukd_ros.distillation.distill import distill
 from ukd_ros.distillation.ensemble_estimator import ensemble_estimator, window_sizes
 from ukd_ros.distillation.export import export_checkpoint, trained_options
-from ukd_ros.distillation.frames import Frames
+from ukd_ros.distillation.frames import Frames, LabelledFrames
 from ukd_ros.distillation.from_bags_report import BagStory, advice, write_story
-from ukd_ros.distillation.from_bags_request import FromBagsConfig, FromBagsRequest, FromBagsResult, finished
-from ukd_ros.distillation.label_store import stored_labels
+from ukd_ros.distillation.from_bags_request import (
+    FromBagsConfig,
+    FromBagsRequest,
+    FromBagsResult,
+    finished,
+    launch_line,
+)
+from ukd_ros.distillation.held_out_renders import HeldOutRenders, open_held_out
+from ukd_ros.distillation.label_store import Box, stored_boxes, stored_labels
+from ukd_ros.distillation.neighbours import agreeing
 from ukd_ros.distillation.parallel import Processes
-from ukd_ros.distillation.pseudo_labels import PseudoLabels, agreeing, label_frames, required_on
+from ukd_ros.distillation.pseudo_labels import PseudoLabels, label_frames, required_on
 from ukd_ros.distillation.teacher import Ensemble, TeacherError, member_files, member_models
 from ukd_ros.distillation.train import object_models, open_folders, train_device
-from ukd_ros.distillation.unlabelled import kept_proposals
+from ukd_ros.distillation.unlabelled import propose
 from ukd_ros.geometry.object_model import ObjectModel
 from ukd_ros.perception.estimator import EstimatorOptions, PoseEstimator
 from ukd_ros.perception.manifest import calibration_data
@@ -48,6 +55,7 @@ from ukd_ros.perception.votes import Calibration
 
 logger = logging.getLogger(__name__)
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 NOTHING_SEEN = "the teachers see nothing in any of the {count} frames: {counts}. {advice}"
 
 
@@ -68,11 +76,12 @@ def distill_from_bags(
 
     `renders`: BOP-format folders with labels to train on beside the bags (without them the student learns from the
     bags alone); `held_out`: one that neither teachers nor student saw, to calibrate on (without it nothing is labelled
-    and nothing is calibrated, and the report says so). `objects`: their names (default: the teachers').
+    and nothing is calibrated, and the report says so). `objects`: their names (default: all of the first of `renders`,
+    without renders the teachers').
     The same call goes on where an earlier one stopped (unless `resume` is False: FileExistsError). Under torchrun
     processes share the frames, the teachers' work and the training. BagError, TeacherError, BopError, LabelError and
-    ValueError for what cannot work, before long work where possible; Stopped when it was asked to stop, or
-    `time_budget_s` is over, with everything kept.
+    ValueError for what cannot work, before long work where possible; OSError for a full disk. Stopped when it was asked
+    to stop, or `time_budget_s` is over, with everything kept (the teachers' calibration and the student's begin anew).
     """
     request = FromBagsRequest(config, tuple(bags), tuple(teachers), out, tuple(renders), held_out, tuple(objects))
     request.compare(resume)
@@ -80,18 +89,14 @@ def distill_from_bags(
     if done is not None:
         logger.info("%s: is finished already", out)
         return done
-    started = time.monotonic()
-    work = _Work(request, progress)
-    work.open()
-    work.take_frames()
-    work.claim()  # only now: a path mistyped at first must not spoil the folder
-    work.calibrate_teachers()
-    work.label()
-    left = None if time_budget_s is None else max(1.0, time_budget_s - (time.monotonic() - started))
-    checkpoint = work.learn(left)
-    if checkpoint is None:
-        raise Stopped(f"{out}: the time is up and what is done is kept; the same call goes on")
-    return work.finish(checkpoint)
+    try:
+        with within(time_budget_s, f"{out}: the time is up and what is done is kept; the same call goes on"):
+            return _Work(request, progress).all()
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        said = f"{error.strerror}; what is whole is kept, and the same call goes on once there is room"
+        raise OSError(error.errno, said, str(error.filename or out)) from error
 
 
 class _Work:
@@ -104,8 +109,21 @@ class _Work:
         self.processes = Processes.from_environment()
         self.models: list[ObjectModel] = []
         self.calibration: Calibration | None = None
-        self.least = 1.1
+        self.least: tuple[float, ...] = ()
         self.labels: dict[str, PseudoLabels] = {}
+        self.rendered: HeldOutRenders | None = None
+
+    def all(self) -> FromBagsResult:
+        """Do everything; Stopped when it was asked to."""
+        self.open()
+        self.take_frames()
+        self.calibrate_teachers()
+        self.claim()  # only now: a path mistyped at first must not spoil the folder
+        self.label()
+        checkpoint = self.learn()
+        if checkpoint is None:
+            raise Stopped(f"{self.out}: another process was stopped; what is done is kept, the same call goes on")
+        return self.finish(checkpoint)
 
     def open(self) -> None:
         """Read teachers and models; nothing long."""
@@ -129,7 +147,15 @@ class _Work:
         )
         if not distilling.initial and self.ensemble.networks[0].config.architecture == distilling.architecture:
             logger.info("the student starts from %s: no other start was named", files[0])
-            self.config = replace(self.config, distill=replace(distilling, initial=str(files[0])))
+            # whole: the same call may come from another folder
+            self.config = replace(self.config, distill=replace(distilling, initial=str(files[0].resolve())))
+        if self.held_out is None:
+            logger.warning(
+                "no held-out renders were given: nothing says how sure the teachers may be, nothing is labelled"
+            )
+        else:
+            wanted = self.config.calibrate_views
+            self.rendered = open_held_out(self.held_out, self.renders, self.models, wanted)
 
     def claim(self) -> None:
         """Write down what `out` is for; the first process does it."""
@@ -156,47 +182,59 @@ class _Work:
 
     def estimator(self) -> PoseEstimator:
         """Return the teachers as an estimator that refuses no pose for being uncertain: labelling decides that."""
-        options = EstimatorOptions(
-            tracking=False, zoom_rounds=self.config.zoom_rounds, max_sigma_position=100.0, max_sigma_rotation_deg=1000.0
+        default = EstimatorOptions()
+        options = replace(
+            default,
+            tracking=False,
+            zoom_rounds=self.config.zoom_rounds,
+            max_sigma_position=100.0,
+            max_sigma_rotation_deg=1000.0,
+            # what labelling accepts must not be refused before; what it refuses is still compared with the student's
+            min_score=min(default.min_score, self.config.labels.min_score),
         )
         sizes = window_sizes(self.config.distill.window)
         return ensemble_estimator(self.ensemble, self.models, sizes, options, self.calibration)
 
     def calibrate_teachers(self) -> None:
         """Fit how sure the ensemble may be, and how sure it must be, on held-out renders; kept in teachers.json."""
-        if self.held_out is None:
-            logger.warning(
-                "no held-out renders were given: nothing says how sure the teachers may be, nothing is labelled"
-            )
+        renders = self.rendered
+        if renders is None:
             return
-        path = self.out / "teachers.json"
-        views = BopDataset(self.held_out)
-        count = min(self.config.calibrate_views, len(views))
-        labels = json.loads(json.dumps(to_mapping(self.config.labels)))
-        asked = {"teachers": self.ensemble.identity, "views": [len(views), count], "labels": labels}
+        path, names = self.out / "teachers.json", [model.name for model in self.models]
+        asked = {
+            "teachers": self.ensemble.identity,
+            "objects": names,
+            "views": [list(renders.fitted), list(renders.chosen)],
+            "renders": renders.digest(),
+            "labels": json.loads(json.dumps(to_mapping(self.config.labels))),
+            "zoom_rounds": self.config.zoom_rounds,
+        }
         if self.processes.rank == 0 and not _same(path, asked):
-            report = calibrate(self.estimator(), views, CalibrationOptions(), count, self.progress)
+            report = calibrate(
+                self.estimator(), renders.views, CalibrationOptions(), len(renders.fitted), self.progress
+            )
             logger.info("the teachers on %s:\n%s", self.held_out, report.table())
             self.calibration = report.calibration
-            # of other views where there are any
-            chosen = range(count, 2 * count) if len(views) >= 2 * count else range(count)
-            least = required_on(self.estimator(), views, chosen, self.config.labels, self.progress)
+            least = required_on(self.estimator(), renders.views, renders.chosen, self.config.labels, self.progress)
             told = {**asked, "least": least, "calibration": calibration_data(report.calibration)}
             told["table"] = report.table()
             write_bytes(path, (json.dumps(told, indent=1) + "\n").encode())
         self.processes.any(False)
         told = json.loads(path.read_text(encoding="utf-8"))
-        self.calibration, self.least = Calibration(**told["calibration"]), float(told["least"])
-        if self.least > 1.0:
-            share = f"{self.config.labels.sure:.0%}"
-            logger.warning("%s: the surest poses are not right to %s, so nothing is labelled", self.held_out, share)
+        self.calibration = Calibration(**told["calibration"])
+        self.least = tuple(float(value) for value in told["least"])
+        unsure = [name for name, least in zip(names, self.least, strict=True) if least > 1.0]
+        if unsure:
+            words = "%s: the surest poses of %s are not right to %s, so none of them is a label"
+            logger.warning(words, self.held_out, ", ".join(unsure), f"{self.config.labels.sure:.0%}")
 
     def label(self) -> None:
         """Ask the teachers for labels of all frames, of those held out too."""
         splits = {"train": self.frames, **({"held_out": self.strange} if self.strange is not None else {})}
         if self.calibration is None:
-            empty = PseudoLabels((), len(self.frames), {"uncalibrated": len(self.frames)})
-            self.labels = dict.fromkeys(splits, empty)
+            self.labels = {
+                name: PseudoLabels((), len(frames), {"uncalibrated": len(frames)}) for name, frames in splits.items()
+            }
             return
         estimator = self.estimator()
         for name, frames in splits.items():
@@ -205,7 +243,7 @@ class _Work:
                 "calibration": calibration_data(self.calibration),
                 "frames": frames.fingerprint(),
                 "settings": json.loads(json.dumps(to_mapping(self.config.labels))),
-                "least": self.least,
+                "least": list(self.least),
                 "zoom_rounds": self.config.zoom_rounds,
             }
 
@@ -220,8 +258,8 @@ class _Work:
         if not self.labels["train"].accepted:
             logger.warning("no frame is labelled: %s", advice(self.labels["train"]))
 
-    def learn(self, time_budget_s: float | None) -> Path | None:
-        """Train the student; return its checkpoint, None when the time was up before."""
+    def learn(self) -> Path | None:
+        """Train the student; return its checkpoint, None when another process was stopped before."""
         config = self.config.distill
         result = distill(
             config,
@@ -231,34 +269,24 @@ class _Work:
             self.out / "run",
             cache=self.out / "teachers",
             resume=True,
-            time_budget_s=time_budget_s,
             progress=self.progress,
         )
         return result.checkpoint if result.finished else None
 
     def windows(self) -> Windows:
         """Return what the student learns from: renders, accepted labels, and frames with the teachers' votes alone."""
-        config = self.config.distill
-        views = [self.frames.view(number) for number in range(len(self.frames))]
-        place, which = self.out / "proposals.json", self.frames.fingerprint()
-        if self.processes.rank == 0:
-            kept_proposals(place, self.ensemble, views, which, config.window.locate_width, self.progress)
-        self.processes.any(False)
-        boxes = kept_proposals(place, self.ensemble, views, which, config.window.locate_width, False)
-        supposed = [
-            (views[number], [label.supposed(*_size(views[number])) for label in labels])
-            for number, labels in self.labels["train"].by_frame().items()
-        ]
+        config, labels = self.config.distill, self.labels["train"]
+        how = (self.models, config.window, config.window_seed, self.progress)
         parts: list[tuple[Windows, float]] = []
+        boxes = self.proposals()
         if boxes:
-            strange = UnlabelledWindows(views, boxes, self.models, config.window, config.window_seed)
-            parts.append((strange, config.unlabelled_share))
-        share = supposed_windows_share(self.config, len(self.labels["train"].accepted))
+            parts.append((UnlabelledWindows(self.frames, boxes, *how), config.unlabelled_share))
+        share = supposed_windows_share(self.config, len(labels.accepted))
         if share > 0.0:
-            parts.append((SupposedWindows(supposed, self.models, config.window, config.window_seed), share))
+            parts.append((SupposedWindows(LabelledFrames(self.frames, labels.by_frame()), *how), share))
         if not parts:
-            counts = _counted(self.labels["train"])
-            raise ValueError(NOTHING_SEEN.format(count=len(views), counts=counts, advice=advice(self.labels["train"])))
+            said = {"count": len(self.frames), "counts": _counted(labels), "advice": advice(labels)}
+            raise ValueError(NOTHING_SEEN.format(**said))
         if not self.renders:
             if len(parts) == 1:
                 return parts[0][0]
@@ -268,6 +296,16 @@ class _Work:
             config, self.renders, objects=self.objects, progress=self.progress, seed=config.window_seed
         )
         return MixedWindows(data, parts, config.window_seed)
+
+    def proposals(self) -> list[Box]:
+        """Return where the teachers see anything in whole frames; kept in shards, and shared out."""
+        width = self.config.distill.window.locate_width
+        note = {"teachers": self.ensemble.identity, "frames": self.frames.fingerprint(), "locate_width": width}
+
+        def look(shard: range) -> list[Box]:
+            return propose(self.ensemble, self.frames.some(shard), width, len(shard), self.progress)
+
+        return stored_boxes(self.out / "proposals", note, len(self.frames), look, self.processes)
 
     def finish(self, checkpoint: Path) -> FromBagsResult:
         """Export, calibrate, compare and report; the first process does it."""
@@ -299,10 +337,10 @@ class _Work:
                 model,
                 self.out / "run",
                 calibrated,
+                "" if self.rendered is None else self.rendered.trouble,
             )
             report, summary = write_story(story, self.out)
-            launch = f"ros2 launch ukd_ros pose.launch.py model:={model.resolve()}"
-            FromBagsResult(model, report, launch, summary).keep(self.out)
+            FromBagsResult(model, report, launch_line(model), summary).keep(self.out)
         self.processes.any(False)
         done = finished(self.out)
         assert done is not None  # the first process has written it
@@ -316,10 +354,6 @@ def supposed_windows_share(config: FromBagsConfig, labels: int) -> float:
 
 def _counted(labels: PseudoLabels) -> str:
     return ", ".join(f"{count} {name}" for name, count in labels.counts().items())
-
-
-def _size(view: Any) -> tuple[int, int]:
-    return view.camera.width, view.camera.height
 
 
 def _same(path: Path, asked: dict[str, Any]) -> bool:

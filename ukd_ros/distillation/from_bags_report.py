@@ -14,6 +14,7 @@ from ukd_ros.data.preview import draw_axes
 from ukd_ros.data.whole_files import write_bytes
 from ukd_ros.distillation.bag_calibration import BagCalibration
 from ukd_ros.distillation.frames import Frames
+from ukd_ros.distillation.from_bags_request import launch_line
 from ukd_ros.distillation.html_page import html_page, html_picture, html_text
 from ukd_ros.distillation.pictures import COLUMNS, TILE, TRUTH, Image, encode_image
 from ukd_ros.distillation.pseudo_labels import PseudoLabel, PseudoLabels
@@ -40,7 +41,7 @@ ADVICE = {
 
 @dataclass(frozen=True, eq=False)
 class BagStory:
-    """Everything that the report tells: see `from_bags`."""
+    """Everything that the report tells: see `from_bags`. trouble: what is wrong with the labels' threshold, if any."""
 
     taken: str
     frames: Frames
@@ -50,6 +51,7 @@ class BagStory:
     model: Path
     run: Path
     calibrated: BagCalibration
+    trouble: str = ""
 
 
 def write_story(story: BagStory, out: Path) -> tuple[Path, str]:
@@ -61,9 +63,11 @@ def write_story(story: BagStory, out: Path) -> tuple[Path, str]:
         f"{_coverage(story.calibrated)}"
     )
     sections = [html_text("Summary", summary)]
-    sections.append(html_text("Start it", f"ros2 launch ukd_ros pose.launch.py model:={story.model.resolve()}"))
+    sections.append(html_text("Start it", launch_line(story.model)))
     sections.append(html_text("What the bags gave", story.taken))
     sections.append(html_text("What the teachers were sure of", _counts(story.labels)))
+    if story.trouble:
+        sections.append(html_text("How sure a label must be", story.trouble))
     if accepted == 0:
         said = f"The teachers' votes taught, but no pose. {advice(learnt)}."
         sections.append(html_text("No frame was labelled", said))

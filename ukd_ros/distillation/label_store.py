@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The teachers' labels on disk: asked once, shared out between processes, gone on with after an interruption."""
+"""What the teachers said of frames, on disk: asked once, shared out between processes, gone on with after a stop."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ukd_ros.data.whole_files import write_bytes
 from ukd_ros.distillation.parallel import Processes
 from ukd_ros.distillation.pseudo_labels import PseudoLabel, PseudoLabels
+from ukd_ros.geometry.arrays import FloatArray
 from ukd_ros.geometry.pose import Pose, nearest_rotation
 
 FORMAT = 1
@@ -21,9 +22,14 @@ SHARD = 64
 """Frames in a shard."""
 NOTE = "labels.json"
 
+Box = tuple[int, FloatArray]
+"""Where something was seen: the frame's number, and [4] x0 y0 x1 y1 px."""
+
+T = TypeVar("T")
+
 
 class LabelError(ValueError):
-    """Stored labels that cannot be used; the message names the file and says what to do."""
+    """Stored answers that cannot be used; the message names the file and says what to do."""
 
 
 def stored_labels(
@@ -38,6 +44,37 @@ def stored_labels(
     `note` tells these teachers, frames and settings from any others; LabelError when the folder holds others'. Under
     torchrun every process labels its share of the shards and reads the rest.
     """
+    parts = _stored(folder, note, frames, lambda shard: _as_data(label(shard)), _labels, processes)
+    refused: Counter[str] = Counter()
+    for part in parts:
+        refused.update(part.refused)
+    return PseudoLabels(tuple(item for part in parts for item in part.labels), frames, dict(refused))
+
+
+def stored_boxes(
+    folder: Path,
+    note: dict[str, Any],
+    frames: int,
+    look: Callable[[range], list[Box]],
+    processes: Processes | None = None,
+) -> list[Box]:
+    """Return where something is seen in frames 0 .. frames - 1, kept as `stored_labels` keeps labels."""
+
+    def ask(shard: range) -> dict[str, Any]:
+        return {"boxes": [[number, box.tolist()] for number, box in look(shard)]}
+
+    return [box for part in _stored(folder, note, frames, ask, _boxes, processes) for box in part]
+
+
+def _stored(
+    folder: Path,
+    note: dict[str, Any],
+    frames: int,
+    ask: Callable[[range], dict[str, Any]],
+    read: Callable[[Any, range], T],
+    processes: Processes | None,
+) -> list[T]:
+    """Return the answers on all shards: those that are there, and what is missing from `ask`."""
     processes = processes or Processes()
     if processes.rank == 0:
         _claim(folder, note)
@@ -46,13 +83,9 @@ def stored_labels(
     for number, shard in enumerate(shards):
         path = folder / f"shard-{number:05d}.json"
         if number % processes.count == processes.rank and not path.is_file():
-            write_bytes(path, (json.dumps(_as_data(label(shard))) + "\n").encode())
+            write_bytes(path, (json.dumps(ask(shard)) + "\n").encode())
     processes.any(False)  # all shares are done
-    parts = [_read(folder / f"shard-{number:05d}.json", shard) for number, shard in enumerate(shards)]
-    refused: Counter[str] = Counter()
-    for part in parts:
-        refused.update(part.refused)
-    return PseudoLabels(tuple(item for part in parts for item in part.labels), frames, dict(refused))
+    return [_read(folder / f"shard-{number:05d}.json", shard, read) for number, shard in enumerate(shards)]
 
 
 def _claim(folder: Path, note: dict[str, Any]) -> None:
@@ -70,7 +103,7 @@ def _claim(folder: Path, note: dict[str, Any]) -> None:
     differing = [key for key in mine if not isinstance(theirs, dict) or theirs.get(key) != mine[key]]
     if differing:
         raise LabelError(
-            f"{path}: these labels were made with other {', '.join(differing)}; delete {folder}, or choose another "
+            f"{path}: what is here was asked with other {', '.join(differing)}; delete {folder}, or choose another "
             "folder for this run"
         )
 
@@ -93,17 +126,26 @@ def _as_data(labels: PseudoLabels) -> dict[str, Any]:
     return {"refused": labels.refused, "labels": rows}
 
 
-def _read(path: Path, shard: range) -> PseudoLabels:
+def _read(path: Path, shard: range, read: Callable[[Any, range], T]) -> T:
     """Read one shard; nothing in it is believed."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        labels = tuple(_label(row, shard) for row in data["labels"])
-        refused = {str(reason): int(count) for reason, count in data["refused"].items()}
+        return read(json.loads(path.read_text(encoding="utf-8")), shard)
     except FileNotFoundError as error:
         raise LabelError(f"{path}: is missing; every process must see the same folder") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LabelError(f"{path}: cannot be read ({error}); delete it, and it is made again") from error
-    return PseudoLabels(labels, len(shard), refused)
+
+
+def _boxes(data: Any, shard: range) -> list[Box]:
+    found: list[Box] = [(int(number), np.array(box, np.float64).reshape(4)) for number, box in data["boxes"]]
+    if not all(number in shard and np.isfinite(box).all() for number, box in found):
+        raise ValueError("a box is of no frame of this shard, or not finite")
+    return found
+
+
+def _labels(data: Any, shard: range) -> PseudoLabels:
+    refused = {str(reason): int(count) for reason, count in data["refused"].items()}
+    return PseudoLabels(tuple(_label(row, shard) for row in data["labels"]), len(shard), refused)
 
 
 def _label(row: dict[str, Any], shard: range) -> PseudoLabel:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ukd_ros.config import to_mapping
 from ukd_ros.data.progress import Progress, Stopped
 from ukd_ros.distillation.new_object_part import PartFacts, inspect_part, symmetries_of
 from ukd_ros.distillation.new_object_plan import (
@@ -34,13 +35,13 @@ from ukd_ros.distillation.new_object_plan import (
 )
 from ukd_ros.distillation.new_object_report import Story, launch_line, write_story
 from ukd_ros.distillation.new_object_request import (
-    PUBLISHING,
     NewObjectConfig,
     NewObjectError,
     NewObjectRequest,
     arguments,
+    check_model_folder,
     checked_source,
-    refuse_taken_folder,
+    publishing,
 )
 from ukd_ros.distillation.new_object_stages import RealStages, Stages, Trained
 from ukd_ros.distillation.new_object_state import WorkState, locked
@@ -93,9 +94,12 @@ def new_object(
     part = inspect_part(source, config.train.keypoints)
     if config.symmetry:
         symmetries_of(config.symmetry, source.load())
+    for sentence in part.sentences(request.name, config.symmetry):
+        logger.info("%s", sentence)
     with locked(request.work):
         state = WorkState(request.work, arguments(config, request, part))
-        refuse_taken_folder(request, state)
+        check_model_folder(request, state)
+        state.begin()
         scene = config.scene_for(part.diameter_m)
         if stages is None:
             real = RealStages(
@@ -159,7 +163,8 @@ class _Chain:
         adapted = self._adapt(teachers, checkpoint, rates, plan)
         final = Path(adapted.get("model", model))
         scored = self.stage("evaluate", lambda: self.stages.evaluate(final, limits["evaluate"]), model=str(final))
-        self.stage("publish", lambda: self._publish(final), model=str(final))
+        out = str(self.request.out.resolve())
+        self.stage("publish", lambda: self._publish(final), model=str(final), out=out)
         if not self.request.out.exists():  # published by an earlier call, and taken away since
             self._publish(final)
         story = Story(
@@ -167,11 +172,14 @@ class _Chain:
             self.config, trained, fitted, scored, adapted, len(self.request.bags), tuple(self.warnings),
             self.state.seconds,
         )  # fmt: skip
-        report = Path(self.stage("report", lambda: {"report": str(write_story(story, self.request.work))})["report"])
+        told = self.stage(
+            "report", lambda: {"report": str(write_story(story, self.request.work))}, warnings=self.warnings
+        )
         if not self.worked:
             logger.info("%s: is finished already", self.request.out)
         seconds = sum(self.state.seconds.values())
         launch = launch_line(self.request.out)
+        report = Path(told["report"])
         return NewObjectResult(self.request.out, report, launch, scored["add_recall"], scored["coverage"], seconds)
 
     def _say_what_is_left_out(self) -> None:
@@ -312,7 +320,10 @@ class _Chain:
             ) from error
 
     def _adapt(self, teachers: list[Path], checkpoint: Path, rates: Rates, plan: Plan) -> dict[str, Any]:
-        """Adapt the student to the bags, if there are any and teachers too; a failure leaves the one from renders."""
+        """Adapt the student to the bags, if there are any and teachers too; a failure leaves the one from renders.
+
+        What may be mended (a full disk, a setting of the bags) is no finished stage: the next call tries again.
+        """
         if not self.request.bags or not teachers:
             return {}
         evaluating = closing_s(rates, 0, plan.images["evaluate"])["evaluate"]
@@ -329,10 +340,11 @@ class _Chain:
                 if left() > 0.0:
                     raise
                 return {"failed": f"there was no time for it ({stop})"}
-            except (ValueError, RuntimeError, OSError, ImportError) as error:
-                return {"failed": " ".join(str(error).split())}
 
-        result = self.stage("adapt", work, steps=steps)
+        try:
+            result = self.stage("adapt", work, steps=steps, bags=to_mapping(self.config.bags))
+        except (ValueError, RuntimeError, OSError, ImportError) as error:
+            result = {"failed": f"{' '.join(str(error).split())} (mend it, and the same call tries again)"}
         if "failed" in result:
             self.warnings.append(f"not adapted to the bag, the model is the one from renders: {result['failed']}")
             logger.warning("%s", self.warnings[-1])
@@ -341,7 +353,7 @@ class _Chain:
     def _publish(self, model: Path) -> dict[str, Any]:
         """Put the model into its folder, whole."""
         bundle = load_bundle(model)
-        self.state.decide(PUBLISHING, lambda: True)
+        self.state.decide(publishing(self.request.out), lambda: True)
         save_bundle(
             self.request.out,
             name=self.request.name,

@@ -26,6 +26,9 @@ SAME_SHAPE = 0.01
 """A turn that moves the surface by less than this fraction of the diameter is one that a camera can hardly tell."""
 
 SURFACE_POINTS = 4000
+HOLES = 0.05
+"""Share of open edges above which a mesh is said to have holes."""
+
 ONE_COLOUR = 6.0
 """Colours that vary by less (standard deviation, 0..255) are one colour."""
 
@@ -50,6 +53,20 @@ class PartFacts:
     def as_data(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         return asdict(self)
+
+    def sentences(self, name: str, declared: Sequence[str]) -> list[str]:
+        """Return what to look at before hours are spent on it: the size first, then what may be wrong."""
+        said = [f"{name}: {100 * self.diameter_m:.1f} cm across, {self.faces} faces (another size? then another unit)"]
+        left = [word for word in self.alike if word not in declared]
+        if left:
+            words = " ".join(f"--symmetry {word}" for word in left)
+            said.append(
+                f"{name}: the shape is the same after turns about {', '.join(left)}; if its colours do not tell them "
+                f"apart either, stop and say so ({words})"
+            )
+        if self.open_edges > HOLES:
+            said.append(f"{name}: {self.open_edges:.0%} of the mesh's edges have not two faces (holes, loose sheets)")
+        return said
 
 
 def inspect_part(source: MeshSource, keypoints: int) -> PartFacts:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ukd_ros.data.whole_files import write_bytes
 from ukd_ros.distillation.html_page import html_page, html_picture, html_text
-from ukd_ros.distillation.new_object_part import PartFacts
+from ukd_ros.distillation.new_object_part import HOLES, PartFacts
 from ukd_ros.distillation.new_object_plan import TEACHERS_FROM_S, Plan
 
 if TYPE_CHECKING:
@@ -22,9 +22,6 @@ GOOD, FAIR = 0.75, 0.4
 COVERAGE_BAND = (0.90, 0.98)
 ENOUGH_ANSWERS = 100
 """Below so many answered poses a coverage of 95 % is told to no better than four points."""
-
-HOLES = 0.05
-"""Share of open edges above which a mesh is said to have holes."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import re
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,16 @@ from ukd_ros.config import to_mapping
 from ukd_ros.data.augment import AugmentConfig
 from ukd_ros.data.dataset import WindowConfig
 from ukd_ros.data.render_dataset import DEMO, RENDERER, MeshSource
+from ukd_ros.data.rosbag.options import BagOptions
 from ukd_ros.data.scenes import SceneConfig
 from ukd_ros.distillation.guide import GuideOptions
 from ukd_ros.distillation.new_object_part import PartFacts, file_digest
-from ukd_ros.distillation.new_object_plan import LEAST_BUDGET_S
+from ukd_ros.distillation.new_object_plan import LEAST_BUDGET_S, TEACHERS_FROM_S
 from ukd_ros.distillation.new_object_state import WorkState
 from ukd_ros.distillation.train import TrainConfig
 from ukd_ros.perception.bundle import find_model, load_bundle
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,59}")
-
-PUBLISHING = "publishing"
-"""The decision that marks a model folder as this work's own, also when it was killed right then."""
 
 
 class NewObjectError(RuntimeError):
@@ -87,6 +87,9 @@ class NewObjectConfig:
     guide: GuideOptions = field(
         default_factory=GuideOptions, metadata={"help": "What teachers tell the student, as in ukd distill."}
     )
+    bags: BagOptions = field(
+        default_factory=BagOptions, metadata={"help": "How frames are taken from the bags, as in ukd bag to-bop."}
+    )
 
     def __post_init__(self) -> None:
         """Refuse what cannot be rendered or taught; ValueError names the field."""
@@ -117,6 +120,8 @@ def checked_source(config: NewObjectConfig, request: NewObjectRequest) -> MeshSo
     for bag in request.bags:
         if not bag.exists():
             raise NewObjectError(f"{bag}: there is no such bag.")
+    if request.budget_s >= TEACHERS_FROM_S:
+        _check_bags(request.bags, config.bags)
     initial = config.train.initial
     if initial and not Path(initial).exists():
         load_bundle(find_model(initial))
@@ -124,25 +129,65 @@ def checked_source(config: NewObjectConfig, request: NewObjectRequest) -> MeshSo
     return MeshSource(path, None if request.mesh == DEMO else request.unit, request.name)
 
 
+def _check_bags(bags: Sequence[Path], options: BagOptions) -> None:
+    """Refuse a bag without images, without camera_info or with several to choose from now, not after the teachers."""
+    if not bags:
+        return
+    from ukd_ros.data.rosbag.reader import BagReader  # needs rosbags
+    from ukd_ros.data.rosbag.storage import BagError
+    from ukd_ros.data.rosbag.topics import choose_topics
+
+    for path in bags:
+        try:
+            with BagReader(path, partial=True) as bag:
+                choose_topics(bag, options)
+        except BagError as error:
+            how = " Name it with --set bags.image_topic=… or bags.info_topic=…" if "_topic" in str(error) else ""
+            raise NewObjectError(f"{error}{how}") from error
+
+
 def arguments(config: NewObjectConfig, request: NewObjectRequest, part: PartFacts) -> dict[str, Any]:
-    """Return everything that decides the model, in plain data, under the names that a user knows."""
+    """Return everything that decides the student from renders, in plain data, under the names that a user knows.
+
+    Where the model goes may change from call to call, and so may how frames are taken from the bags: what came before
+    that stays good, and an adaptation that found nothing is tried again with other settings.
+    """
+    settings = to_mapping(config)
+    del settings["bags"]
     return {
         "mesh": Path(request.mesh).name,
         "mesh content": part.digest,
         "unit": request.unit,
         "name": request.name,
         "budget": f"{request.budget_s:g} s",
-        "out": str(request.out.resolve()),
         "bags": {str(bag.resolve()): file_digest(bag) for bag in request.bags},
-        "settings": to_mapping(config),
+        "settings": settings,
         "renderer": RENDERER,
     }
 
 
-def refuse_taken_folder(request: NewObjectRequest, state: WorkState) -> None:
-    """Refuse to put the model where something else is; what this very work has put there is its own."""
-    if not request.out.exists() or state.decided(PUBLISHING):
-        return
-    if not request.overwrite:
-        raise NewObjectError(f"{request.out}: exists already; choose another --name or --out, or give --overwrite.")
-    load_bundle(request.out)  # only a model is replaced: said now, not after hours
+def publishing(out: Path) -> str:
+    """Return the decision that marks a model folder as this work's own, also when it was killed right then."""
+    return f"publishing {out.resolve()}"
+
+
+def check_model_folder(request: NewObjectRequest, state: WorkState) -> None:
+    """Refuse to put the model where something else is, or where nothing can be written: now, not after hours.
+
+    What this very work has put there is its own.
+    """
+    out = request.out.resolve()
+    if out.exists() and not state.decided(publishing(out)):
+        if not request.overwrite:
+            raise NewObjectError(f"{request.out}: exists already; choose another --name or --out, or give --overwrite.")
+        load_bundle(request.out)  # only a model is replaced
+    there = next(folder for folder in out.parents if folder.exists())
+    if not there.is_dir():
+        raise NewObjectError(f"{request.out}: {there} is a file, not a folder; choose another --out.")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise NewObjectError(
+            f"{request.out}: nothing can be written in {there} ({error.strerror or error}); choose another --out."
+        ) from error

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from ukd_ros.config import config_hash
 from ukd_ros.data.preview import write_contact_sheet
 from ukd_ros.data.progress import Progress, Stopped, listening
 from ukd_ros.data.render_dataset import CHUNK, MeshSource, render_dataset
@@ -298,10 +299,10 @@ class RealStages:
 
         with listening(watch):
             result = distill_from_bags(
-                replace(FromBagsConfig(), distill=distil, name=self.source.label()),
+                replace(FromBagsConfig(), bags=self.config.bags, distill=distil, name=self.source.label()),
                 self._bags,
                 teachers,
-                self.work / "adapted",
+                self.work / f"adapted-{config_hash(self.config.bags)}",  # frames taken otherwise are other frames
                 renders=[self.folder("train")],
                 held_out=self.folder("calibrate"),
                 time_budget_s=left_s(),

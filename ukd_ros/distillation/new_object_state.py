@@ -17,7 +17,7 @@ from typing import Any
 
 from ukd_ros.data.whole_files import write_bytes
 
-FORMAT = 1
+FORMAT = 2
 STATE = "state.json"
 
 
@@ -41,9 +41,9 @@ class WorkState:
     """The content of state.json; every change is on disk before the call returns."""
 
     def __init__(self, folder: Path, arguments: Mapping[str, Any]) -> None:
-        """Begin a work folder, or go on with one of the same arguments (plain data); WorkError names one that differs.
+        """Open a work folder, or go on with one of the same arguments (plain data); WorkError names one that differs.
 
-        In a folder that holds anything else nothing is begun.
+        In a folder that holds anything else nothing is begun; nothing binds a folder before `begin`.
         """
         self.path = folder / STATE
         wanted = json.loads(json.dumps(dict(arguments)))
@@ -55,8 +55,12 @@ class WorkState:
                 raise WorkError(f"{folder}: holds {strange[0]} but no {STATE}; give another --work folder.")
             write_bytes(folder / ".gitignore", b"*\n")
             self._data = {"format": FORMAT, "arguments": wanted, "decisions": {}, "stages": {}, "kept_s": {}}
-            self._write()
         self.chain = _hash(wanted)
+
+    def begin(self) -> None:
+        """Write down what the folder is for: called when nothing is left that would refuse it."""
+        if not self.path.is_file():
+            self._write()
 
     def _read(self, wanted: dict[str, Any]) -> dict[str, Any]:
         try:

@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed, nn
+
+PATIENCE = timedelta(days=1)
+"""So long may one process work alone while the others wait: the first calibrates and exports, for hours on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,8 @@ class Processes:
         if not distributed.is_initialized():
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-            distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            distributed.init_process_group(kinds, timeout=PATIENCE)
         return Processes(distributed.get_rank(), distributed.get_world_size())
 
     def sum(self, value: Tensor) -> Tensor:

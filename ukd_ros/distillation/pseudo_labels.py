@@ -5,14 +5,15 @@ Every frame goes through the ensemble's estimator (`ensemble_estimator`): the sa
 robot. Its *calibrated* covariance gives the probability that ADD stays below a tenth of the diameter. That orders poses
 well and is itself too modest where errors have long tails, so what it takes to be a label is measured (`required`): the
 lowest probability above which so many poses on held-out renders were right. A label's keypoints must also agree with
-one another, and the neighbouring frames must not speak against it. Whatever is refused is counted by its reason.
+one another, and the neighbouring frames must not speak against it (`neighbours`). Whatever is refused is counted by its
+reason.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import cv2
 import numpy as np
@@ -24,8 +25,8 @@ from ukd_ros.geometry.arrays import FloatArray
 from ukd_ros.geometry.estimate import PoseEstimate, Rejection
 from ukd_ros.geometry.metrics import add
 from ukd_ros.geometry.object_model import ObjectModel
-from ukd_ros.geometry.pose import Pose, exp_so3, log_so3
-from ukd_ros.geometry.symmetry import nearest, without_free_turns
+from ukd_ros.geometry.pose import Pose, exp_so3
+from ukd_ros.geometry.symmetry import without_free_turns
 from ukd_ros.geometry.view import ObjectLabel, View
 from ukd_ros.perception.cells import STRIDES
 from ukd_ros.perception.estimator import PoseEstimator
@@ -37,7 +38,7 @@ LEAST_RIGHT = 10
 DRAWS = 256
 """Poses drawn from a covariance to see how often ADD stays small (a share of 0.9 is known to ± 0.02)."""
 
-UNSURE, INCONSISTENT, DISAGREES, LOW_SCORE = "unsure", "inconsistent", "disagrees_in_time", "low_score"
+UNSURE, INCONSISTENT, LOW_SCORE = "unsure", "inconsistent", "low_score"
 NOTHING = "nothing_found"
 
 
@@ -51,7 +52,8 @@ class PseudoLabelOptions:
     sure: float = field(
         default=0.95,
         metadata={
-            "help": "Share of accepted labels that must be right on held-out renders; elsewhere it is less.",
+            "help": "Share of each object's accepted labels that must be right on held-out renders; elsewhere it is "
+            "less.",
             "unit": "0..1",
         },
     )
@@ -158,14 +160,14 @@ def label_frames(
     estimator: PoseEstimator,
     frames: Iterable[tuple[int, View]],
     options: PseudoLabelOptions,
-    least: float,
+    least: Sequence[float],
     total: int | None = None,
     progress: bool = True,
 ) -> PseudoLabels:
     """Label frames (number and view) by an estimator whose covariance is calibrated; neighbours are not yet asked.
 
-    least: the probability from which a pose is a label, as `required` gives it. `agreeing` asks the neighbours, once
-    all frames of a bag are there.
+    least: the probability from which a pose of each class is a label, as `required_on` gives it. `agreeing` asks the
+    neighbours, once all frames of a bag are there.
     """
     labels: list[PseudoLabel] = []
     refused: Counter[str] = Counter()
@@ -182,7 +184,7 @@ def label_frames(
                 refused[answer.reason.value] += 1
                 continue
             model = estimator.objects[instance.class_index]
-            labels.append(_judged(number, instance, answer, model, options, least))
+            labels.append(_judged(number, instance, answer, model, options, least[instance.class_index]))
     refused.update(label.refused for label in labels if label.refused)
     return PseudoLabels(tuple(labels), count, dict(refused))
 
@@ -233,8 +235,11 @@ def required_on(
     numbers: Sequence[int],
     options: PseudoLabelOptions,
     progress: bool = True,
-) -> float:
-    """Return `required` on labelled views: the estimator's poses there are right or wrong by their nearest label."""
+) -> tuple[float, ...]:
+    """Return `required` of each class on labelled views: poses there are right or wrong by their nearest label.
+
+    Of each alone: an object that is known well must not vouch for another.
+    """
     truths: dict[int, Sequence[ObjectLabel]] = {}
 
     def frames() -> Iterator[tuple[int, View]]:
@@ -243,15 +248,19 @@ def required_on(
             truths[number] = view.objects
             yield number, view
 
-    found = label_frames(estimator, frames(), options, 0.0, len(numbers), progress)
-    right = []
-    for item in found.labels:
+    classes = range(len(estimator.objects))
+    found = label_frames(estimator, frames(), options, [0.0] * len(classes), len(numbers), progress)
+    right: dict[int, bool] = {}
+    for row, item in enumerate(found.labels):
         model = estimator.objects[item.class_index]
         same = [label.T_camera_object for label in truths[item.frame] if label.object_name == model.name]
         motions = model.symmetries.poses()
         errors = [add(item.T_camera_object, pose @ motion, model.keypoints_3d) for pose in same for motion in motions]
-        right.append(min(errors, default=np.inf) < options.error * model.diameter)
-    return required(found.labels, right, options.sure)
+        right[row] = min(errors, default=np.inf) < options.error * model.diameter
+    of_class = [[row for row, item in enumerate(found.labels) if item.class_index == number] for number in classes]
+    return tuple(
+        required([found.labels[row] for row in rows], [right[row] for row in rows], options.sure) for rows in of_class
+    )
 
 
 def probability_right(pose: Pose, cov: FloatArray, model: ObjectModel, error: float) -> float:
@@ -284,66 +293,3 @@ def voting_patches(instance: VoteInstance) -> FloatArray:
     low = np.stack((column, row), axis=-1) * stride[:, None] - 0.5
     corners = instance.crop.to_source(np.stack((low, low + stride[:, None]), axis=1))
     return np.asarray(corners.reshape(-1, 4))
-
-
-def agreeing(
-    labels: PseudoLabels,
-    places: Sequence[tuple[int, int]],
-    models: Sequence[ObjectModel],
-    options: PseudoLabelOptions,
-) -> PseudoLabels:
-    """Refuse the labels that their neighbours in time speak against.
-
-    places: (recording, stamp ns) of every frame, by its number. A label with an accepted one of its object within the
-    gap both before and after it must lie where these two, interpolated, say; with a neighbour on one side only, or
-    none, nothing is known and it stays.
-    """
-    if options.time_gap_s <= 0.0:
-        return labels
-    kept = labels.accepted
-    refused: set[int] = set()
-    for number, label in enumerate(kept):
-        expected = _between(label, kept, places, models[label.class_index], options.time_gap_s)
-        if expected is None:
-            continue
-        model = models[label.class_index]
-        near = nearest(expected, label.T_camera_object, model.symmetries)
-        if add(label.T_camera_object, near, model.keypoints_3d) > options.time_error * model.diameter:
-            refused.add(number)
-    gone = {id(kept[number]) for number in refused}
-    marked = tuple(replace(label, refused=DISAGREES) if id(label) in gone else label for label in labels.labels)
-    counts = {**labels.refused, **({DISAGREES: len(gone)} if gone else {})}
-    return PseudoLabels(marked, labels.frames, counts)
-
-
-def _between(
-    label: PseudoLabel,
-    others: Sequence[PseudoLabel],
-    places: Sequence[tuple[int, int]],
-    model: ObjectModel,
-    gap_s: float,
-) -> Pose | None:
-    """Return the pose that the nearest labels before and after one give by interpolation; None without both.
-
-    Of several objects of a kind the one nearest in space is the same.
-    """
-    recording, stamp = places[label.frame]
-    sides: list[tuple[int, Pose]] = []
-    for sign in (-1, 1):
-        found: list[tuple[int, float, Pose]] = []
-        for other in others:
-            where, when = places[other.frame]
-            dt = sign * (when - stamp)
-            if other.class_index == label.class_index and where == recording and 0 < dt <= gap_s * 1e9:
-                pose = nearest(other.T_camera_object, label.T_camera_object, model.symmetries)
-                apart = float(np.linalg.norm(pose.translation - label.T_camera_object.translation))
-                found.append((dt, apart, pose))
-        if not found:
-            return None
-        soonest = min(dt for dt, _, _ in found)
-        dt, _, pose = min((f for f in found if f[0] == soonest), key=lambda f: f[1])
-        sides.append((dt, pose))
-    (before, first), (after, last) = sides
-    share = before / (before + after)
-    turn = exp_so3(share * log_so3(last.rotation @ first.rotation.T))
-    return Pose(turn @ first.rotation, first.translation + share * (last.translation - first.translation))

@@ -136,8 +136,16 @@ def scale_factor(squares: FloatArray, block: npt.ArrayLike) -> float:
     The quantile compared is the highest that the samples can tell (0.95 from 50 independent ones on, 0.5 from five);
     the logarithm of the factor is drawn to 0 as if `PRIOR` poses had said so.
     """
-    middle = block_quantile(squares, block, 0.8)
-    size = effective_size(squares <= middle, block)
-    level = float(np.clip(1.0 - 2.5 / max(size, 1.0), 0.5, 0.95))
-    ratio = block_quantile(squares, block, level) / chi2_quantile(level, _DOF)
-    return math.exp(math.log(max(ratio, 1e-6)) * size / (size + PRIOR))
+    level, size = telling_level(squares, block)
+    return drawn_to_one(block_quantile(squares, block, level) / chi2_quantile(level, _DOF), size)
+
+
+def telling_level(squares: FloatArray, block: npt.ArrayLike) -> tuple[float, float]:
+    """Return the highest quantile that poses with these NEES can tell, and how many independent ones they are worth."""
+    size = effective_size(squares <= block_quantile(squares, block, 0.8), block)
+    return float(np.clip(1.0 - 2.5 / max(size, 1.0), 0.5, 0.95)), size
+
+
+def drawn_to_one(factor: float, size: float) -> float:
+    """Return a factor that so many independent poses ask for, when `PRIOR` others had asked for 1."""
+    return math.exp(math.log(max(factor, 1e-6)) * size / (size + PRIOR))

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,59 +13,52 @@ from ukd_ros.data.bop import BopDataset
 from ukd_ros.data.bop_check import check_bop
 from ukd_ros.data.dataset import UnlabelledWindows, WindowConfig
 from ukd_ros.data.progress import Bar
-from ukd_ros.data.whole_files import write_bytes
+from ukd_ros.distillation.export import trained_options
 from ukd_ros.distillation.guidance import seen
 from ukd_ros.distillation.teacher import Ensemble
 from ukd_ros.geometry.arrays import FloatArray
 from ukd_ros.geometry.object_model import ObjectModel
 from ukd_ros.geometry.view import View
-from ukd_ros.perception.cells import STRIDES
 from ukd_ros.perception.crop import letterbox
 
 
 def propose(
-    ensemble: Ensemble, views: Sequence[View], locate_width: int, progress: bool = True
+    ensemble: Ensemble,
+    views: Iterable[tuple[int, View]],
+    locate_width: int,
+    total: int | None = None,
+    progress: bool = True,
 ) -> list[tuple[int, FloatArray]]:
     """Return the boxes (number of the view; x0 y0 x1 y1 px) of what the teachers see in whole frames.
 
-    Every frame is brought to `locate_width` px, as for the estimator's locate stage. Boxes are whole pixels: what two
-    machines see differs by less.
+    Every frame is brought to the size of the estimator's locate stage, whatever its own: what a bag says of its images
+    does not decide how much memory is asked for. Boxes are whole pixels: what two machines see differs by less.
     """
     device = next(ensemble.networks[0].parameters()).device
-    step = STRIDES[-1]
-    width = -(-locate_width // step) * step
+    sizes = trained_options({"window": {"locate_width": locate_width}})
     boxes: list[tuple[int, FloatArray]] = []
-    for number, view in enumerate(Bar(views, desc="looking for objects", unit="view", disable=not progress)):
+    for number, view in Bar(views, desc="looking for objects", unit="view", total=total, disable=not progress):
         camera = view.camera
-        height = -(-round(width * camera.height / camera.width) // step) * step
-        crop = letterbox((camera.width, camera.height), (width, height))
+        crop = letterbox((camera.width, camera.height), (sizes.locate_width, sizes.locate_height))
         image = torch.from_numpy(crop.warp(view.image)).permute(2, 0, 1)[None].to(device, torch.float32)
         found = ensemble.predict(image)
         boxes += [(number, np.round(instance.to_source(crop).box)) for instance in seen(found, 0)]
     return boxes
 
 
-def kept_proposals(
-    path: Path, ensemble: Ensemble, views: Sequence[View], which: str, locate_width: int, progress: bool = True
-) -> list[tuple[int, FloatArray]]:
-    """Return `propose`'s boxes from a file, where it holds those of this ensemble and these views (`which`); else ask.
+class _FolderViews:
+    """The views of folders, decoded when they are asked for."""
 
-    Asking leaves the file.
-    """
-    asked = [ensemble.identity, which, locate_width]
-    try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        rows: list[tuple[int, FloatArray]] = [
-            (int(number), np.array(box, np.float64).reshape(4)) for number, box in told["boxes"]
-        ]
-        if told["asked"] == asked and all(0 <= n < len(views) and np.isfinite(box).all() for n, box in rows):
-            return rows
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # none yet, or of another question: it is asked anew
-    boxes = propose(ensemble, views, locate_width, progress)
-    told = {"asked": asked, "boxes": [[number, box.tolist()] for number, box in boxes]}
-    write_bytes(path, (json.dumps(told) + "\n").encode())
-    return boxes
+    def __init__(self, folders: Sequence[BopDataset]) -> None:
+        self._where = [(data, index) for data in folders for index in range(len(data))]
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def __getitem__(self, number: int, /) -> View:
+        data, index = self._where[number]
+        image = data.image(index)
+        return View(image, data.camera(index, (int(image.shape[1]), int(image.shape[0]))))
 
 
 def open_unlabelled(
@@ -81,18 +73,16 @@ def open_unlabelled(
 
     ValueError when the teachers see nothing in any view; BopError for a faulty folder.
     """
-    views: list[View] = []
-    for folder in folders:
-        data = BopDataset(folder)
+    opened = [BopDataset(folder) for folder in folders]
+    for data in opened:
         check_bop(data, objects=())
-        for index in Bar(range(len(data)), desc=f"reading {folder.name}", unit="view", disable=not progress):
-            image = data.image(index)
-            views.append(View(image, data.camera(index, (int(image.shape[1]), int(image.shape[0])))))
-    boxes = propose(ensemble, views, config.locate_width, progress)
+    views = _FolderViews(opened)
+    numbered = ((number, views[number]) for number in range(len(views)))
+    boxes = propose(ensemble, numbered, config.locate_width, len(views), progress)
     if not boxes:
         names = ", ".join(m.name for m in models)
         raise ValueError(
             f"{', '.join(map(str, folders))}: the teachers see no {names} in any of the {len(views)} views; "
             "train them longer or look whether these views show the objects"
         )
-    return UnlabelledWindows(views, boxes, models, config, seed)
+    return UnlabelledWindows(views, boxes, models, config, seed, progress)

@@ -23,6 +23,11 @@ from ukd_ros.geometry.view import View
 MAX_PIXELS = 50_000_000
 """Larger images are refused before anything is decoded: no camera on a robot makes them, but a broken header does."""
 
+DEPTH_ENCODINGS = ("16UC1", "32FC1")
+
+_TRANSPORTS = ("compressed", "compressedDepth", "theora", "ffmpeg", "zstd")
+"""What image_transport appends to the name of an image topic."""
+
 _Image = npt.NDArray[np.uint8]
 
 
@@ -32,6 +37,27 @@ class ImageError(ValueError):
 
 class CameraInfoError(ValueError):
     """A CameraInfo message that describes no usable camera; the text says why and what to do."""
+
+
+def rectified_topic(topic: str) -> bool:
+    """Return whether a topic's name says that its images are rectified.
+
+    image_proc names them image_rect, image_rect_color or image_rect_mono, some drivers put them below /rect/. The
+    letters elsewhere (/direct, /correction, /unrectified) say nothing.
+    """
+    parts = topic.strip("/").split("/")
+    if len(parts) > 1 and parts[-1] in _TRANSPORTS:
+        parts.pop()
+    return not {"rect", "rectified"}.isdisjoint([*parts, *parts[-1].split("_")])
+
+
+def is_depth(message: Any) -> bool:
+    """Return whether an image message (raw or compressed) says of itself that it is one of depth."""
+    if hasattr(message, "encoding"):
+        return str(message.encoding) in DEPTH_ENCODINGS
+    # compressed_image_transport writes "<encoding>; <codec> compressed <order>"
+    layout = str(message.format)
+    return "compresseddepth" in layout.lower() or layout.partition(";")[0].strip() in DEPTH_ENCODINGS
 
 
 class _Encoding(NamedTuple):
@@ -152,7 +178,7 @@ def _to_rgb(pixels: _Image, width: int, encoding: _Encoding, big_endian: bool) -
 
 def _unknown_encoding(name: str) -> str:
     """Return the sentence for an encoding that is not understood."""
-    if name in ("16UC1", "32FC1"):
+    if name in DEPTH_ENCODINGS:
         return f"The image's encoding is {name}: that is a depth image. Subscribe to the camera's colour image."
     known = ", ".join(sorted(ENCODINGS))
     return f"The image's encoding {name!r} is not understood. Set the driver to one of: {known}."
@@ -169,7 +195,7 @@ def _too_large(width: int, height: int) -> str:
 def _decompress(message: Any) -> _Image:
     """Return the RGB image of a sensor_msgs/CompressedImage holding JPEG or PNG."""
     layout = str(message.format)
-    if "compresseddepth" in layout.lower():
+    if is_depth(message):
         raise ImageError(f"The image's format is {layout!r}: depth. Subscribe to the camera's compressed colour image.")
     data = _buffer(message)
     width, height = _compressed_size(data, layout)

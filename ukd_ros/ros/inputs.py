@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from ukd_ros.geometry.camera import Camera
-from ukd_ros.perception.images import CameraInfoError
+from ukd_ros.perception.images import CameraInfoError, rectified_topic
 
 Item = TypeVar("Item")
 
@@ -50,9 +50,9 @@ class NewestSlot(Generic[Item]):
 
 
 def rectified_from(choice: str, topic: str) -> bool:
-    """Decide whether images are rectified: ``choice`` is auto, true or false; auto asks whether ``topic`` says rect."""
+    """Decide whether images are rectified: ``choice`` is auto, true or false; auto asks the name of ``topic``."""
     if choice == "auto":
-        return "rect" in topic
+        return rectified_topic(topic)
     if choice in ("true", "false"):
         return choice == "true"
     raise ValueError(f"rectified: is '{choice}', but one of auto, true, false is needed.")

@@ -35,7 +35,7 @@ class NodeOptions:
         default="auto",
         metadata={
             "help": "Whether images are rectified (true: P and no distortion, false: K and D); auto asks whether the "
-            "topic's name contains 'rect'.",
+            "topic's name (image_rect, image_rect_color, …).",
             "choices": ("auto", "true", "false"),
             "live": False,
         },

@@ -12,6 +12,7 @@ from data.rosbag.making import START, Recorded, stream, write_mcap, write_ros2
 
 from ukd_ros.cli import main
 from ukd_ros.data.bop import BopDataset
+from ukd_ros.data.rosbag.message_types import INFO_TYPE
 
 
 def test_info_says_what_is_there_and_what_would_be_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,6 +40,26 @@ def test_info_of_two_cameras_lists_them(tmp_path: Path, capsys: pytest.CaptureFi
     said = capsys.readouterr().out
     assert "name one with image_topic" in said and "/right/image_raw" in said
     assert "'right_optical'" in said and "'camera_optical'" in said
+
+
+def test_info_of_several_bags_goes_on_behind_a_broken_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bag = write_ros2(tmp_path / "bag", stream(3))
+    (tmp_path / "broken.mcap").write_bytes(b"")
+    assert main(["bag", "info", str(tmp_path / "broken.mcap"), str(bag)]) == 2
+    said = capsys.readouterr()
+    assert "/camera/image_raw" in said.out
+    assert said.err.count("\n") == 1 and "broken.mcap: is empty" in said.err
+
+
+def test_info_says_when_images_and_camera_info_are_of_different_frames(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = [*stream(2, info_topic=None), *[m for m in stream(2, frame_id="camera_link") if m.kind == INFO_TYPE]]
+    assert main(["bag", "info", str(write_ros2(tmp_path / "bag", odd))]) == 0
+    said = capsys.readouterr().out
+    assert "'camera_optical', that of /camera/camera_info 'camera_link'" in said
+    assert main(["bag", "info", str(write_ros2(tmp_path / "good", stream(2)))]) == 0
+    assert "not of one camera" not in capsys.readouterr().out
 
 
 def test_to_bop_writes_a_folder_and_its_account(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -263,6 +263,37 @@ def test_a_bag_too_short_to_be_split_says_what_to_do(tmp_path: Path) -> None:
         convert(bag, tmp_path / "out", BagOptions(min_change=0.0))
 
 
+def test_a_camera_that_stood_still_is_said_so(tmp_path: Path) -> None:
+    bag = write_ros2(tmp_path / "bag", stream(20, still=True))
+    with pytest.raises(BagError, match="19 more look like the one before.*min_change"):
+        convert(bag, tmp_path / "out", BagOptions())
+
+
+@pytest.mark.parametrize("bags", [1, 5])
+def test_a_limit_that_leaves_nothing_to_hold_out_is_refused(bags: int, tmp_path: Path) -> None:
+    made = [write_ros2(tmp_path / f"bag{n}", stream(30 // bags, first=100 * n)) for n in range(bags)]
+    with pytest.raises(BagError, match="max_frames"):
+        convert(made, tmp_path / "out", replace(SPLIT, max_frames=1))
+    report = convert(made, tmp_path / "out", replace(SPLIT, max_frames=10))
+    assert report.train + report.held_out == 10 and report.held_out > 0 < report.train
+
+
+def test_the_files_of_one_recording_keep_the_guard_between_them(tmp_path: Path) -> None:
+    bags = [write_ros2(tmp_path / f"part{n}", stream(20, first=20 * n)) for n in range(3)]
+    report = convert(bags, tmp_path / "out", replace(SPLIT, held_out=0.3))
+    train = np.array([note["stamp_ns"] for note in notes(tmp_path / "out", "train")])
+    held = np.array([note["stamp_ns"] for note in notes(tmp_path / "out", "held_out")])
+    assert report.split_by == "bag" and np.abs(train[:, None] - held[None]).min() >= 0.25e9
+    assert len(train) + 20 + sum(bag.guarded for bag in report.bags) == 60 and len(train) > 30
+    assert convert(bags, tmp_path / "no", replace(SPLIT, held_out=0.3, guard_s=0.0)).train == 40
+
+
+def test_bags_of_a_clock_that_was_never_set_do_not_guard_one_another(tmp_path: Path) -> None:
+    bags = [write_ros2(tmp_path / f"b{n}", stream(20, first=20 * n, start_ns=-20 * n * STEP)) for n in range(3)]
+    report = convert(bags, tmp_path / "out", replace(SPLIT, held_out=0.3))
+    assert (report.train, report.held_out) == (40, 20)
+
+
 # ---- clocks ------------------------------------------------------------------------------------------------------
 
 
@@ -345,7 +376,7 @@ def test_no_camera_info_at_all_is_an_error_that_says_so(tmp_path: Path) -> None:
     with pytest.raises(BagError, match="has no camera_info"):
         convert(write_ros2(tmp_path / "bag", stream(3, info_topic=None)), tmp_path / "out")
     foreign = [Recorded(INFO, INFO_TYPE, START, info(START, "another"))]
-    with pytest.raises(BagError, match="none of the 3 images"):
+    with pytest.raises(BagError, match="none of the 3 images.*'camera_optical'.*'another'"):
         convert(write_ros2(tmp_path / "other", [*foreign, *stream(3, info_topic=None)]), tmp_path / "out2")
 
 
@@ -367,7 +398,47 @@ def test_broken_images_are_counted_by_their_reason(tmp_path: Path) -> None:
     report = convert(write_ros2(tmp_path / "bag", messages), tmp_path / "out").bags[0]
     assert (report.seen, report.written, sum(report.broken.values())) == (9, 6, 3)
     assert any("CameraInfo describes" in reason for reason in report.broken)
-    assert sum("bytes are no sensor_msgs" in r or "# bytes" in r for r in report.broken) >= 1
+    assert any("The image is 80x60, but its CameraInfo describes 160x120" in reason for reason in report.broken)
+    assert sum("bytes" in r for r in report.broken) >= 1
+
+
+def test_images_that_are_broken_alike_are_counted_together(tmp_path: Path) -> None:
+    messages = [m._replace(data=m.data[: 9000 + n]) if m.topic == IMAGE else m for n, m in enumerate(stream(5))]
+    messages += stream(1, first=9)
+    (count,) = convert(write_ros2(tmp_path / "bag", messages), tmp_path / "out").bags[0].broken.values()
+    assert count == 5
+
+
+def test_a_bag_of_broken_images_is_an_error_with_its_reasons(tmp_path: Path) -> None:
+    other = [m for m in stream(3) if m.topic == INFO] + [m for m in stream(3, camera=Camera(80, 60, K))][1::2]
+    bag = write_ros2(tmp_path / "wrong", other)
+    with pytest.raises(BagError, match="none of its 3 images.*3 times: The image is 80x60, but.*160x120"):
+        convert(bag, tmp_path / "out")
+    kind = IMAGE_TYPES[1]
+    png = cv2.imencode(".png", np.full((120, 160), 900, np.uint16))[1].reshape(-1)
+    message = store().types[kind](header=header(START), format="16UC1; png compressed ", data=png)
+    deep = [Recorded(INFO, INFO_TYPE, START, info(START)), Recorded("/d", kind, START, packed(kind, message))]
+    with pytest.raises(BagError, match="1 times: The image's format is '16UC1; png compressed ': depth"):
+        convert(write_ros2(tmp_path / "deep", deep), tmp_path / "out2")
+    both = write_ros2(tmp_path / "both", [*deep, *stream(3)])
+    assert convert(both, tmp_path / "out3").train == 3, "depth beside colour is no choice"
+
+
+def test_an_image_too_wide_for_its_lens_to_be_taken_out_is_broken(tmp_path: Path) -> None:
+    lens = Camera(33000, 12, K, DistortionModel.PLUMB_BOB, np.array([-0.3, 0.1, 0, 0, 0]))
+    bag = write_ros2(tmp_path / "bag", [*stream(1, camera=lens), *stream(2, first=5)])
+    report = convert(bag, tmp_path / "out").bags[0]
+    assert report.written == 2 and any("33000x12" in reason for reason in report.broken)
+
+
+def test_opencv_failing_is_an_error_that_names_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> None:
+        raise cv2.error("dst.cols < SHRT_MAX")
+
+    bag = write_ros2(tmp_path / "bag", stream(1))
+    monkeypatch.setattr("ukd_ros.data.rosbag.scenes.undistorted", failing)
+    with pytest.raises(BagError, match="000000.*OpenCV"):
+        convert(bag, tmp_path / "out")
 
 
 def test_a_truncated_bag_gives_what_is_whole_and_says_what_is_lost(tmp_path: Path) -> None:
@@ -403,6 +474,10 @@ def test_other_bags_or_options_in_the_same_folder_are_refused_by_name(tmp_path: 
     (tmp_path / "full" / "thesis.txt").write_text("precious")
     with pytest.raises(BagError, match="not empty"):
         convert(other, tmp_path / "full")
+    with pytest.raises(BagError, match="thesis.txt is a file, not a folder"):
+        convert(other, tmp_path / "full" / "thesis.txt")
+    with pytest.raises(BagError, match="thesis.txt is a file, not a folder"):
+        convert(other, tmp_path / "full" / "thesis.txt" / "out")
     with pytest.raises(BagError, match="same bag"):
         convert([other, tmp_path / "other" / "."], tmp_path / "twice")
 

@@ -29,9 +29,10 @@ from data.rosbag.making import (
 )
 
 from ukd_ros.data.bags import BagError, BagReader, bag_views
-from ukd_ros.data.rosbag import compression
+from ukd_ros.data.rosbag import compression, mcap
 from ukd_ros.data.rosbag.compression import decompressed, unpack_file, zstd
 from ukd_ros.data.rosbag.info import bag_info
+from ukd_ros.data.rosbag.message_types import INFO_TYPE
 from ukd_ros.data.rosbag.storage import MAX_BYTES, BrokenMessage
 from ukd_ros.geometry.view import View
 
@@ -224,6 +225,28 @@ def test_truncated_compressed_files_are_read_as_far_as_they_go(tmp_path: Path, m
     assert not list(temporary.iterdir()), "nothing stays"
 
 
+@pytest.mark.parametrize("storage", ["mcap", "sqlite3"])
+def test_a_compressed_file_of_several_frames_is_read_to_its_end(storage: str, tmp_path: Path) -> None:
+    messages = stream(4)
+    plain = lone(write_ros2(tmp_path / "bag", messages, storage))
+    data, third = plain.read_bytes(), plain.stat().st_size // 3
+    file = tmp_path / f"many{plain.suffix}.zstd"
+    file.write_bytes(b"".join(zstd.compress(part) for part in (data[:third], data[third:], b"")))
+    assert contents(file) == contents(plain) and len(contents(file)) == 8
+    file.write_bytes(zstd.compress(data) + b"\x00" * 40)
+    with BagReader(file, partial=True) as bag:
+        assert len(list(bag.messages())) == 8 and "damaged" in bag.damage[0]
+
+
+def test_an_mcap_cut_between_the_index_records_of_a_chunk_loses_no_message(tmp_path: Path) -> None:
+    whole = write_mcap(tmp_path / "whole.mcap", stream(8), McapShape(chunk=8, end=False))
+    every, size = sorted(contents(whole, partial=True)), 9 + 6 + 16 * 4
+    for cut in (size, size - 10, 2 * size):
+        file = tmp_path / "cut.mcap"
+        file.write_bytes(whole.read_bytes()[:-cut])
+        assert sorted(contents(file, partial=True)) == every
+
+
 # ---- lies --------------------------------------------------------------------------------------------------------
 
 
@@ -258,7 +281,16 @@ def test_metadata_that_lie_are_named_and_not_believed(tmp_path: Path) -> None:
         assert text in said, said
 
 
-@pytest.mark.parametrize("text", ["", "[", "a: [1, 2", "rosbag2_bagfile_information: 3", "&a [*a]", "x" * 9_000_000])
+ALIASES = "a0: &a0 [x, x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
+MERGES = "a0: &a0 {k: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 12))
+NONSENSE = [
+    "", "[", "a: [1, 2", "rosbag2_bagfile_information: 3", "&a [*a]", "x" * 9_000_000,
+    f"{ALIASES}rosbag2_bagfile_information:\n  storage_identifier: *a11\n",
+    f"{MERGES}rosbag2_bagfile_information: *a11\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NONSENSE)
 def test_metadata_that_are_nonsense_do_not_matter(text: str, tmp_path: Path) -> None:
     bag = write_ros2(tmp_path / "bag", stream(3))
     (bag / "metadata.yaml").write_text(text)
@@ -303,6 +335,38 @@ def test_a_chunk_that_claims_gigabytes_is_refused_unread(tmp_path: Path) -> None
     bag = write_mcap(tmp_path / "bag.mcap", stream(4), McapShape(codec="zstd", claimed=2**40))
     with BagReader(bag, partial=True) as reader:
         assert list(reader.messages()) == [] and str(2**40) in reader.damage[0]
+
+
+def test_chunks_without_index_that_hold_endless_messages_are_read_to_a_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = [Recorded("/a", INFO_TYPE, START + n, b"") for n in range(400)]
+    bag = write_mcap(tmp_path / "bag.mcap", many, McapShape(chunk=100, codec="zstd", index=False))
+    assert len(contents(bag)) == 400
+    monkeypatch.setattr(mcap, "MAX_RECORDS", 250)
+    with BagReader(bag, partial=True) as reader:
+        assert 200 <= len(list(reader.messages())) <= 250
+        assert "holds too much" in reader.damage[0] and reader.lost_bytes > 0
+    monkeypatch.undo()
+    monkeypatch.setattr(mcap, "MAX_SCANNED", 10_000)
+    monkeypatch.setattr(mcap, "SCAN_GROWTH", 0)
+    with BagReader(bag, partial=True) as reader:
+        assert len(list(reader.messages())) == 300, "three chunks of 3100 bytes"
+
+
+def test_an_index_of_ros1_that_names_a_chunk_again_and_again_is_refused(tmp_path: Path) -> None:
+    bag = write_ros1(tmp_path / "a.bag", [Recorded("/a", INFO_TYPE, START + n, b"") for n in range(300)])
+    data = bytearray(bag.read_bytes())
+    count_at, place_at = data.index(b"chunk_count=") + 12, data.index(b"index_pos=") + 10
+    at = struct.unpack_from("<Q", data, place_at)[0]
+    while at < len(data):  # to the last record, which is that of the chunk
+        head = struct.unpack_from("<I", data, at)[0]
+        end = at + 8 + head + struct.unpack_from("<I", data, at + 4 + head)[0]
+        record, at = bytes(data[at:end]), end
+    struct.pack_into("<I", data, count_at, 101)
+    bag.write_bytes(data + 100 * record)
+    with pytest.raises(BagError, match=r"a\.bag.*again and again"):
+        BagReader(bag, partial=True)
 
 
 @pytest.mark.parametrize("codec", ["zstd", "lz4", "bz2"])
@@ -378,8 +442,18 @@ def test_a_database_is_not_trusted(tmp_path: Path) -> None:
 def test_files_that_are_no_bags_are_errors_that_name_them(suffix: str, content: bytes, tmp_path: Path) -> None:
     file = tmp_path / f"bad{suffix}"
     file.write_bytes(content)
-    with pytest.raises(BagError, match="bad"):
+    with pytest.raises(BagError, match="bad") as said:
         BagReader(file)
+    assert str(said.value).count("cannot be read") <= 1 and ("is empty" in str(said.value)) == (content == b"")
+
+
+def test_a_folder_of_bags_names_them(tmp_path: Path) -> None:
+    write_ros2(tmp_path / "monday", stream(1))
+    write_ros1(tmp_path / "tuesday.bag", stream(1, ros1=True))
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(BagError, match="folder of bags.*/monday, .*/tuesday.bag") as said:
+        BagReader(tmp_path)
+    assert "notes" not in str(said.value)
 
 
 @pytest.mark.parametrize("kind", ["mcap", "sqlite", "ros1"])

@@ -26,6 +26,9 @@ BLOCK = 2**20
 MAX_GROWTH = 1000
 """A compressed file that becomes longer than this many times its size is a bomb; a black video grows some 300 times."""
 
+LEAST_FRAME, SPARE_FRAMES = 4096, 16
+"""A file of smaller frames, bytes each, is read up to so many more: every frame costs a copy of what is behind it."""
+
 SPARE_BYTES = 2**30
 """What is left free on the disk where a compressed bag is unpacked."""
 
@@ -65,11 +68,19 @@ def unpack_file(packed: Path, out: Path) -> bool:
     written, most = 0, MAX_GROWTH * packed.stat().st_size
     room = shutil.disk_usage(out.parent).free - SPARE_BYTES
     with packed.open("rb") as source, out.open("wb") as target:
-        unpacker = zstd.ZstdDecompressor()
-        while not unpacker.eof:
-            block = source.read(BLOCK) if unpacker.needs_input else b""
-            if unpacker.needs_input and not block:
-                return False
+        unpacker, frames = zstd.ZstdDecompressor(), 0
+        while True:
+            if unpacker.eof:  # parallel compressors write one frame after the other
+                block, frames = unpacker.unused_data or source.read(BLOCK), frames + 1
+                if not block:
+                    return True
+                if frames > SPARE_FRAMES + packed.stat().st_size // LEAST_FRAME:
+                    return False
+                unpacker = zstd.ZstdDecompressor()
+            else:
+                block = source.read(BLOCK) if unpacker.needs_input else b""
+                if unpacker.needs_input and not block:
+                    return False
             try:
                 data = unpacker.decompress(block, max_length=BLOCK)
             except zstd.ZstdError:
@@ -83,4 +94,3 @@ def unpack_file(packed: Path, out: Path) -> bool:
                     f"larger disk, or unpack it yourself (zstd -d) and give the unpacked file."
                 )
             target.write(data)
-    return True

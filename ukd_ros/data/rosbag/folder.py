@@ -63,6 +63,9 @@ def find_files(path: Path) -> BagFiles:
         _compare_files(claims, found, warnings)
     if not found:
         told = f" ({'; '.join(warnings)})" if warnings else ""
+        inside = _bags_in(path)
+        if inside:
+            raise BagError(f"{path}: is no bag but a folder of bags; name those that you mean: {', '.join(inside)}.")
         raise BagError(f"{path}: holds no file of a bag ({', '.join(SUFFIXES)}){told}.")
     return BagFiles(tuple(found), claims, tuple(warnings))
 
@@ -88,6 +91,17 @@ def shown(text: str, length: int = 120) -> str:
     """Return a text of a bag fit for a terminal: no control characters, no endless lines."""
     clean = "".join(c if c.isprintable() else "?" for c in text)
     return clean if len(clean) <= length else clean[: length - 3] + "..."
+
+
+def _bags_in(path: Path) -> list[str]:
+    """Return the bags that a folder holds, each as it can be named; the first twenty."""
+    entries = [entry for entry in sorted(path.iterdir(), key=_natural) if not entry.name.startswith(".")]
+    found = [
+        shown(str(entry))
+        for entry in entries
+        if entry.suffix == ".bag" or (entry.is_dir() and any(p.name.endswith(SUFFIXES) for p in entry.iterdir()))
+    ]
+    return found[:20]
 
 
 def _natural(path: Path) -> list[tuple[int, int, str]]:
@@ -135,11 +149,16 @@ def _read_claims(path: Path, warnings: list[str]) -> Claims | None:
         return None
     try:
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        content = yaml.load(path.read_text(encoding="utf-8"), loader)  # noqa: S506 - a SafeLoader
+        text = path.read_text(encoding="utf-8")
+        # An alias is a few bytes that stand for as much as one likes; no recorder writes one.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
+            raise ValueError("it has YAML aliases")
+        content = yaml.load(text, loader)  # noqa: S506 - a SafeLoader
         about = content["rosbag2_bagfile_information"]
+        storage = about.get("storage_identifier")
         return Claims(
             tuple(text for text in _list(about.get("relative_file_paths")) if isinstance(text, str))[:100_000],
-            str(about.get("storage_identifier", "")),
+            storage if isinstance(storage, str) else "",
             _number(about.get("message_count")),
             _number(_mapping(about.get("duration")).get("nanoseconds")),
             tuple(_topics(_list(about.get("topics_with_message_count")))),

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from ukd_ros.config import to_mapping
 from ukd_ros.data.progress import Bar
-from ukd_ros.data.rosbag.folder import find_files
+from ukd_ros.data.rosbag.folder import find_files, shown
 from ukd_ros.data.rosbag.frames_report import BagFramesReport as BagFramesReport
 from ukd_ros.data.rosbag.frames_report import make_report
 from ukd_ros.data.rosbag.options import BagOptions as BagOptions
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 SOURCE_FILE = "bags.json"
 REPORT_FILE = "report.json"
 SURVEYS = ".surveys"
-VERSION = 1
+VERSION = 2
 """Raised whenever the same bags and options give other frames: a folder begun before is not continued."""
 
 PLANNED = ("max_frames", "held_out", "block_s", "guard_s")
@@ -80,6 +80,8 @@ def bags_to_bop(
         description = _description(paths, labels, options, names)
         _claim(out, description)
         surveys = _surveys(paths, description, out, options, rank, size, progress)
+        if not any(survey.frames for survey in surveys):
+            raise BagError(_nothing(paths, surveys))
         plan = make_plan(surveys, options)
         objects = _object_ids(surveys, names)
         _write_scenes(paths, surveys, plan, objects, out, rank, size, progress)
@@ -91,6 +93,20 @@ def bags_to_bop(
             "goes on from there."
         ) from error
     return report
+
+
+def _nothing(paths: Sequence[Path], surveys: Sequence[Survey]) -> str:
+    """Return why no image of the bags can be used."""
+    told = [
+        f"{path}: none of its {survey.seen} images can be used ("
+        + "; ".join(
+            [f"{count} times: {shown(reason, 240)}" for reason, count in survey.broken.items()]
+            + ([f"{survey.without_camera_info} without camera_info"] if survey.without_camera_info else [])
+        )
+        + ")"
+        for path, survey in zip(paths, surveys, strict=True)
+    ]
+    return " ".join(told)
 
 
 def _bag_names(paths: Sequence[Path]) -> list[str]:
@@ -106,7 +122,7 @@ def _description(
     paths: Sequence[Path], labels: Sequence[str], options: BagOptions, names: Mapping[str, int] | None
 ) -> dict[str, Any]:
     """Everything that decides what is written, in plain types."""
-    bags = [{"name": label, **_identity(path)} for path, label in zip(paths, labels, strict=True)]
+    bags = [{"name": label, **bag_identity(path)} for path, label in zip(paths, labels, strict=True)]
     for number, bag in enumerate(bags):
         twin = next((n for n in range(number) if bags[n]["sha256"] == bag["sha256"]), None)
         if twin is not None:
@@ -119,7 +135,7 @@ def _description(
     }
 
 
-def _identity(path: Path) -> dict[str, Any]:
+def bag_identity(path: Path) -> dict[str, Any]:
     """Return a bag's size and a digest of the beginning, middle and end of its files: all of 50 GB takes minutes."""
     digest, total = hashlib.sha256(), 0
     for file in find_files(path).files:
@@ -135,6 +151,9 @@ def _identity(path: Path) -> dict[str, Any]:
 
 def _claim(out: Path, description: dict[str, Any]) -> None:
     """Write bags.json, or compare with the one that is there."""
+    there = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
+    if not there.is_dir():
+        raise BagError(f"{out}: {there} is a file, not a folder; give another folder.")
     path = out / SOURCE_FILE
     # Listed before it is looked for: another process may be making this very folder, beginning with that file.
     others = out.exists() and any(not p.name.startswith((SOURCE_FILE, f".{SOURCE_FILE}")) for p in out.iterdir())

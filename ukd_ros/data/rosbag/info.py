@@ -84,6 +84,9 @@ def bag_info(path: Path | str, options: BagOptions | None = None) -> BagInfo:
             jumps = timeline(bag.index([found.image_topic]).times_ns)[2]
         except BagError as error:
             problem = str(error)
+        strange: list[str] = []
+        if chosen:
+            strange = _strange_frames(bag, found.image_topic, found.info_topic)
         cameras = tuple(_cameras(bag))  # reads messages, and so may find damage
         return BagInfo(
             path=bag.path,
@@ -96,7 +99,7 @@ def bag_info(path: Path | str, options: BagOptions | None = None) -> BagInfo:
             clock_jumps=jumps,
             lost_bytes=bag.lost_bytes,
             damage=tuple(bag.damage),
-            warnings=(*bag.warnings, *bag.contradictions(duration)),
+            warnings=(*strange, *bag.warnings, *bag.contradictions(duration)),
         )
 
 
@@ -106,6 +109,29 @@ def _topics(bag: BagReader) -> list[TopicInfo]:
         TopicInfo(topic, kind, counts.get(topic, 0), rate_hz(bag.index([topic]).times_ns), _known(kind))
         for topic, kind in sorted(bag.topics.items())
     ]
+
+
+def _strange_frames(bag: BagReader, images: str, infos: str) -> list[str]:
+    """Return a sentence when the first image and the first messages of camera_info are of different frames."""
+    first, others = _frames(bag, images, 1), _frames(bag, infos, 20)
+    if not first or not others or first[0] in others:
+        return []
+    names = ", ".join(map(repr, dict.fromkeys(others)))
+    return [f"the frame_id of {images} is {first[0]!r}, that of {infos} {names}: they are not of one camera"]
+
+
+def _frames(bag: BagReader, topic: str, count: int) -> list[str]:
+    """Return the frame_id of a topic's first readable messages."""
+    found: list[str] = []
+    index = bag.index([topic])
+    for number in range(min(len(index), count + 5)):
+        try:
+            found.append(str(bag.read(index[number]).decoded().header.frame_id))
+        except BagError:
+            continue
+        if len(found) == count:
+            break
+    return found
 
 
 def _known(kind: str) -> bool:

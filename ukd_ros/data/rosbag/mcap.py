@@ -38,6 +38,11 @@ INDEX_ENTRY = np.dtype([("time", "<u8"), ("offset", "<u8")])
 CACHED_CHUNKS = 4
 MAX_GAPS = 100  # each asks the summary again
 
+MAX_RECORDS = 5 * 10**6
+MAX_SCANNED, SCAN_GROWTH = 2**30, 100
+"""Chunks without an index are read through up to so many records of a file, and so many bytes and times its size: a
+megabyte can hold gigabytes of empty messages."""
+
 
 class _Chunk(NamedTuple):
     """A chunk record: where its data lie in the file, how large they are in there and unpacked, and their checksum."""
@@ -66,6 +71,7 @@ class McapFile:
         self._blocks: dict[int, array[int]] = {}  # channel -> chunk, place of its index record, entries; and so on
         self._loose: dict[int, array[int]] = {}  # channel -> time, place of the message; and so on: outside of chunks
         self._scanned: dict[int, dict[int, array[int]]] = {}  # chunk without index -> channel -> time, offset; …
+        self._records_left, self._bytes_left = MAX_RECORDS, MAX_SCANNED + SCAN_GROWTH * self.size
         try:
             if self._file.read(len(MAGIC)) != MAGIC:
                 raise BagError(f"{path}: is no mcap file (its first bytes are not those of one).")
@@ -119,7 +125,7 @@ class McapFile:
 
     def _walk(self) -> None:
         """Note every record of the file; what comes after the last whole one is lost."""
-        at, last_chunk, ended, gaps = len(MAGIC), -1, False, 0
+        at, last_chunk, ended, gaps, torn = len(MAGIC), -1, False, 0, False
         while not ended and at + 9 <= self.size:
             self._file.seek(at)
             op, length = struct.unpack("<BQ", self._file.read(9))
@@ -129,21 +135,22 @@ class McapFile:
                 if there is None:
                     break
                 self.damage.add(f"bytes {at} to {there} are no records; the next indexed chunk goes on.", there - at)
-                at = there
+                at, torn = there, True
                 continue
             try:
                 if op == CHUNK:
-                    self._index_behind(last_chunk)
-                    last_chunk = self._note_chunk(at, length)
+                    self._index_behind(last_chunk, torn)
+                    last_chunk, torn = self._note_chunk(at, length), False
                 elif op == MESSAGE_INDEX and last_chunk >= 0:
                     self._note_index(last_chunk, at, length)
                 else:
                     self._note(op, at, length)
             except (struct.error, UnicodeDecodeError, IndexError):
                 self.damage.add(f"a record at byte {at} is malformed and left out.", 9 + length)
+                torn = True
             at += 9 + length
             ended = op == FOOTER
-        self._index_behind(last_chunk)
+        self._index_behind(last_chunk, torn or not ended)
         if not ended:
             lost = self.size - at
             self.damage.add(
@@ -200,17 +207,19 @@ class McapFile:
         if size and chunk not in self._refused:
             blocks = self._blocks.setdefault(number, array("Q"))
             blocks.extend((chunk, at + 15, size // INDEX_ENTRY.itemsize))
-        self._scanned.setdefault(chunk, {})  # it has an index, if only an empty one
+        self._scanned.setdefault(chunk, {})[number] = array("Q")  # it has an index, if only an empty one
 
-    def _index_behind(self, chunk: int) -> None:
-        """Read through a chunk that no index record followed."""
-        if chunk < 0 or chunk in self._refused:
+    def _index_behind(self, chunk: int, torn: bool) -> None:
+        """Read through a chunk that no index record followed, or (`torn`) perhaps not one for each of its channels."""
+        indexed = self._scanned.pop(chunk, None)
+        if chunk < 0 or chunk in self._refused or (indexed is not None and not torn):
             return
-        if self._scanned.pop(chunk, None) is not None:
-            return
+        for blocks in (self._blocks.get(number) for number in indexed or ()):
+            while blocks and blocks[-3] == chunk:
+                del blocks[-3:]
         found: dict[int, array[int]] = {}
         try:
-            for op, start, content in _records(self._content(chunk)):
+            for op, start, content in self._scan(chunk):
                 if op == MESSAGE:
                     number, _, time, _ = MESSAGE_HEAD.unpack_from(content, start + 9)
                     found.setdefault(number, array("Q")).extend((time, start))
@@ -222,6 +231,18 @@ class McapFile:
             self.damage.add(f"the chunk at byte {self._chunks[chunk].start} ends in something that is no record.")
         self._scanned[chunk] = found
 
+    def _scan(self, chunk: int) -> Iterator[tuple[int, int, bytes]]:
+        """Yield the records of a chunk; what is too much for the file ends there, and its bytes are counted as lost."""
+        what = self._chunks[chunk]
+        self._bytes_left -= max(0, what.unpacked)
+        for record in _records(self._content(chunk)) if min(self._records_left, self._bytes_left) >= 0 else ():
+            self._records_left -= 1
+            if self._records_left < 0:
+                break
+            yield record
+        if min(self._records_left, self._bytes_left) < 0:
+            self.damage.add(f"the chunk at byte {what.start} has no index and holds too much to be read.", what.length)
+
     def _find_names(self) -> None:
         """Look into chunks for channels that no summary names: the first that has messages of one must introduce it."""
         for number in sorted(self._numbers()):
@@ -230,7 +251,7 @@ class McapFile:
                 if number in self._named and self._named[number][0] in self._schemas:
                     break
                 try:
-                    for op, start, content in _records(self._content(int(chunk))):
+                    for op, start, content in self._scan(int(chunk)):
                         if op in (SCHEMA, CHANNEL):
                             self._note_name(op, _payload(content, start))
                 except (BrokenMessage, struct.error, UnicodeDecodeError, IndexError):

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ukd_ros.perception.images import rectified_topic
+
 
 @dataclass(frozen=True)
 class BagOptions:
@@ -18,7 +20,8 @@ class BagOptions:
         metadata={"help": "Topic of their CameraInfo; empty: camera_info beside the images, or the only one."},
     )
     rectified: Literal["auto", "true", "false"] = field(
-        default="auto", metadata={"help": "The images are rectified; auto: if their topic's name says rect."}
+        default="auto",
+        metadata={"help": "The images are rectified; auto: if their topic's name says so (image_rect, …)."},
     )
     label_topics: Mapping[str, str] = field(
         default_factory=dict,
@@ -78,4 +81,4 @@ class BagOptions:
 
     def rectified_for(self, topic: str) -> bool:
         """Return whether the images of ``topic`` are rectified."""
-        return "rect" in topic if self.rectified == "auto" else self.rectified == "true"
+        return rectified_topic(topic) if self.rectified == "auto" else self.rectified == "true"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,11 @@ TRAIN, HELD_OUT = "train", "held_out"
 
 MOST = 2.0
 """A bag is held out whole when it has between one and so many times the share that is asked for."""
+
+
+CLOCK_SET_NS = 10**18
+"""Times of recording before it (September 2001) are of a clock that was never set, or of a simulation: those of two
+bags tell nothing of one another."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +66,16 @@ def make_plan(surveys: Sequence[Survey], options: BagOptions) -> Plan:
             block.split = HELD_OUT if block.bag == held_bag else TRAIN
     elif by_block:
         _hold_out(blocks, options.held_out)
-    guarded = _guard(blocks, round(options.guard_s * 1e9), len(surveys)) if by_block else [0] * len(surveys)
-    if by_block and any(s.frames for s in surveys) and {b.split for b in blocks if b.frames} != {TRAIN, HELD_OUT}:
+    guarded = _guard(blocks, round(options.guard_s * 1e9), len(surveys))
+    split = held_bag is not None or (by_block and any(survey.frames for survey in surveys))
+    if split and _splits(blocks) != {TRAIN, HELD_OUT}:
         raise BagError(_too_short(surveys, options))
     beyond = _limit(blocks, options.max_frames, len(surveys))
+    if split and _splits(blocks) != {TRAIN, HELD_OUT}:
+        raise BagError(
+            f"max_frames: of {options.max_frames} frames none is left to train on, or none to hold out; give more, or "
+            "set held_out=0."
+        )
     kept = [block for block in blocks if block.frames]
     scenes = tuple(ScenePlan(n, b.split, b.bag, tuple(b.frames)) for n, b in enumerate(kept))
     return Plan(scenes, tuple(guarded), tuple(beyond), "bag" if held_bag is not None else "block" if by_block else "")
@@ -72,11 +84,18 @@ def make_plan(surveys: Sequence[Survey], options: BagOptions) -> Plan:
 def _too_short(surveys: Sequence[Survey], options: BagOptions) -> str:
     """Return the sentence for bags that cannot be split by time."""
     frames, seconds = sum(len(s.frames) for s in surveys), sum(s.duration_ns for s in surveys) / 1e9
+    thinned = sum(survey.thinned for survey in surveys)
+    still = f"{thinned} more look like the one before: move the camera or the part, or lower min_change; "
+    still = still if thinned > 0 else ""
     return (
         f"{', '.join(s.bag for s in surveys)}: {frames} frames in {seconds:.1f} s are too few to hold out a share of "
-        f"{options.held_out:g} with {options.guard_s:g} s between it and the rest; give a longer bag or several, lower "
-        "guard_s, or set held_out=0."
+        f"{options.held_out:g} with {options.guard_s:g} s between it and the rest; {still}give a longer bag or "
+        "several, lower guard_s, or set held_out=0."
     )
+
+
+def _splits(blocks: Sequence[_Block]) -> set[str]:
+    return {block.split for block in blocks if block.frames}
 
 
 def _bag_to_hold_out(counts: list[int], share: float) -> int | None:
@@ -125,17 +144,29 @@ def _hold_out(blocks: list[_Block], share: float) -> None:
 
 
 def _guard(blocks: list[_Block], guard_ns: int, bags: int) -> list[int]:
-    """Take away the training frames that are too near to a held-out block, and return how many of each bag."""
+    """Take away the training frames that are too near to a held-out block, and return how many of each bag.
+
+    Within a bag by the time that passed, between bags by the times of recording: the files of one recording, given one
+    by one, follow each other at once.
+    """
     out = [0] * bags
     held = [block for block in blocks if block.split == HELD_OUT]
+    elsewhere = [sorted(f.entry[0] for h in held if h.bag != bag for f in h.frames) for bag in range(bags)]
     for block in blocks:
         if block.split == HELD_OUT:
             continue
         near = [(h.frames[0].elapsed_ns, h.frames[-1].elapsed_ns) for h in held if h.bag == block.bag]
         kept = [f for f in block.frames if not any(a - guard_ns < f.elapsed_ns < b + guard_ns for a, b in near)]
+        kept = [f for f in kept if not _near(f.entry[0], elsewhere[block.bag], guard_ns)]
         out[block.bag] += len(block.frames) - len(kept)
         block.frames = kept
     return out
+
+
+def _near(at_ns: int, times_ns: Sequence[int], guard_ns: int) -> bool:
+    """Return whether one of the sorted times is nearer than the guard; a clock that was not set is near to nothing."""
+    place = bisect_left(times_ns, at_ns)
+    return at_ns > CLOCK_SET_NS and any(abs(at_ns - t) < guard_ns for t in times_ns[max(0, place - 1) : place + 1])
 
 
 def _limit(blocks: list[_Block], most: int, bags: int) -> list[int]:

@@ -83,7 +83,8 @@ class BagReader:
             for file in found.files:
                 self._open(file)
             if not self._files:
-                raise BagError(f"{self.path}: this bag cannot be read: {'; '.join(self.damage)}")
+                told = "; ".join(self.damage)  # each names its file
+                raise BagError(told if self.path.is_file() else f"{self.path}: none of its files can be read: {told}")
             self._refuse_damage()
         except BaseException:
             self.close()
@@ -197,6 +198,8 @@ class BagReader:
         """Open one file; with `partial` one that cannot be opened is damage."""
         try:
             whole = True
+            if file.stat().st_size == 0:
+                raise BagError(f"{file}: is empty: its recorder died before it wrote anything.")
             if file.suffix == ".zstd":
                 if self._unpacked is None:
                     self._unpacked = tempfile.TemporaryDirectory(prefix="ukd_bag_")

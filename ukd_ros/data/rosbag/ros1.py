@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 from rosbags.rosbag1 import Reader, ReaderError
+from rosbags.rosbag1.reader import Chunk, IndexData
 
 from ukd_ros.data.rosbag.compression import decompressed
 from ukd_ros.data.rosbag.storage import (
@@ -30,6 +31,36 @@ MESSAGE, CONNECTION = 2, 7
 ODD_ERRORS = (AssertionError, IndexError, KeyError, OverflowError, TypeError, ValueError, MemoryError, struct.error)
 
 
+class _Frugal(Reader):
+    """The library's reader, which reads every byte of an index at most once.
+
+    An index may name one chunk many times, or chunks inside of one another: a few bytes each for a million entries.
+    """
+
+    _index_bytes = 0
+
+    def read_chunk(self) -> Chunk:
+        """Read the head of a chunk; ReaderError when too much was read."""
+        start = self._place()
+        chunk = super().read_chunk()
+        self._count(chunk.datapos - start)
+        return chunk
+
+    def read_index_data(self, pos: int, indexes: dict[int, list[IndexData]]) -> None:
+        """Read the index behind a chunk for one connection; ReaderError when too much was read."""
+        start = self._place()
+        super().read_index_data(pos, indexes)
+        self._count(self._place() - start)
+
+    def _place(self) -> int:
+        return 0 if self.bio is None else self.bio.tell()
+
+    def _count(self, size: int) -> None:
+        self._index_bytes += size
+        if self._index_bytes > self.path.stat().st_size:
+            raise ReaderError("its index points at the same bytes again and again.")
+
+
 class Ros1File:
     """A .bag file."""
 
@@ -38,7 +69,7 @@ class Ros1File:
         self.path = path
         self.damage = Damage()
         self.size = path.stat().st_size
-        reader = Reader(path)
+        reader = _Frugal(path)
         try:
             reader.open()
         except (ReaderError, OSError, *ODD_ERRORS) as error:

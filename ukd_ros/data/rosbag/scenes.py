@@ -91,8 +91,11 @@ def _write_image(stem: Path, bag: BagReader, survey: Survey, frame: Frame) -> No
         if suffix is not None and _same(data, image):
             write_bytes(stem.with_suffix(suffix), data)
             return
-    pixels = cv2.cvtColor(undistorted(image, camera), cv2.COLOR_RGB2BGR)
-    ok, png = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, PNG_LEVEL])
+    try:
+        pixels = cv2.cvtColor(undistorted(image, camera), cv2.COLOR_RGB2BGR)
+        ok, png = cv2.imencode(".png", pixels, [cv2.IMWRITE_PNG_COMPRESSION, PNG_LEVEL])
+    except cv2.error as error:
+        raise BagError(f"{stem}: OpenCV could not write this image of {bag.path}: {error.err}.") from error
     if not ok:
         raise BagError(f"{stem}: OpenCV could not encode it as PNG.")
     write_bytes(stem.with_suffix(".png"), png.tobytes())

@@ -19,11 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ukd_ros.data.progress import Bar
+from ukd_ros.data.rosbag.folder import shown
 from ukd_ros.data.rosbag.labels import FrameLabel, Stamped, read_labels
 from ukd_ros.data.rosbag.options import BagOptions
 from ukd_ros.data.rosbag.reader import BagIndex, BagReader, Entry
 from ukd_ros.data.rosbag.storage import BagError, IntArray
 from ukd_ros.data.rosbag.topics import Chosen, choose_topics
+from ukd_ros.data.undistortion import MAX_SIDE
 from ukd_ros.geometry.camera import Camera
 from ukd_ros.geometry.view import View
 from ukd_ros.perception.images import CameraInfoError, ImageError, view_from_messages
@@ -87,11 +89,6 @@ def survey_bag(path: Path, name: str, options: BagOptions, progress: bool = True
         chosen = choose_topics(bag, options)
         survey = Survey(name, chosen.image_topic, chosen.info_topic, chosen.rectified, size=bag.size)
         _look_through(bag, chosen, options, survey, progress)
-        if survey.seen and survey.without_camera_info == survey.seen:
-            raise BagError(
-                f"{path}: none of the {survey.seen} images of {chosen.image_topic} has a camera_info of its camera on "
-                f"{chosen.info_topic}; record that topic too, or name another with info_topic."
-            )
         _label(bag, options, survey)
         survey.lost_bytes, survey.damage, survey.warnings = bag.lost_bytes, bag.damage, bag.warnings
     return survey
@@ -116,6 +113,7 @@ def _look_through(bag: BagReader, chosen: Chosen, options: BagOptions, survey: S
     survey.duration_ns = int(elapsed[-1]) if len(elapsed) else 0
     infos = _Infos(bag, chosen)
     broken: Counter[str] = Counter()
+    reasons: dict[str, str] = {}
     cameras: dict[str, int] = {}
     last: npt.NDArray[np.int16] | None = None
     before: tuple[int, int] | None = None
@@ -130,7 +128,7 @@ def _look_through(bag: BagReader, chosen: Chosen, options: BagOptions, survey: S
                 survey.without_camera_info += 1
                 continue
             except (BagError, ImageError, CameraInfoError) as error:
-                broken[_reason(error, broken)] += 1
+                broken[_reason(error, reasons)] += 1
                 continue
             survey.clock_jumps += _jumped(before, (view.stamp_ns, entry.time_ns))
             before = (view.stamp_ns, entry.time_ns)
@@ -142,6 +140,8 @@ def _look_through(bag: BagReader, chosen: Chosen, options: BagOptions, survey: S
             camera = cameras.setdefault(json.dumps(camera_record(view.camera)), len(cameras))
             place = (int(elapsed[number]), int(segments[number]))
             survey.frames.append(Frame(tuple(entry), view.stamp_ns, view.frame_id, *place, camera))
+    if survey.seen and survey.without_camera_info == survey.seen:
+        raise BagError(f"{bag.path}: none of the {survey.seen} images has a camera_info of its camera: {infos.told()}.")
     survey.broken = dict(broken)
     survey.cameras = [json.loads(text) for text in cameras]
 
@@ -160,6 +160,7 @@ class _Infos:
         self._newest: dict[str, Any] = {}
         self._first: dict[str, Any] = {}
         self._searched = 0
+        self._chosen, self._missing = chosen, ""
 
     def view(self, entry: Entry) -> View:
         """Return the view of an image; _NoInfo, BagError, ImageError or CameraInfoError when there is none."""
@@ -168,8 +169,26 @@ class _Infos:
         frame = str(message.header.frame_id)
         info = self._newest.get(frame) or self._later(frame)
         if info is None:
+            self._missing = frame
             raise _NoInfo
-        return view_from_messages(message, info, self._rectified)
+        view = view_from_messages(message, info, self._rectified)
+        if view.camera.distorted and max(view.camera.width, view.camera.height) > MAX_SIDE:
+            raise ImageError(
+                f"The image is {view.camera.width}x{view.camera.height}; a lens is taken out of at most {MAX_SIDE} "
+                "pixels a side."
+            )
+        return view
+
+    def told(self) -> str:
+        """Return why the last image without camera_info has none."""
+        images, infos = shown(self._chosen.image_topic), shown(self._chosen.info_topic)
+        if not self._first:
+            return f"no message of {infos} can be read; record it again, or name another topic with info_topic"
+        frames = ", ".join(shown(repr(frame)) for frame in list(self._first)[:5])
+        return (
+            f"the frame_id of {images} is {shown(repr(self._missing))}, that of {infos} {frames}; set the same in the "
+            "driver, or name another topic with info_topic"
+        )
 
     def _catch_up(self, entry: Entry) -> None:
         """Read the camera_infos recorded before this image."""
@@ -224,13 +243,17 @@ def changed(first: npt.NDArray[np.int16], second: npt.NDArray[np.int16]) -> floa
     return float(np.partition(differences, -most)[-most:].mean())
 
 
-def _reason(error: Exception, known: Counter[str]) -> str:
-    """Return an error's first sentence without its numbers, so that like errors are counted together."""
-    text = str(error).split("are no sensor_msgs")[0] if isinstance(error, BagError) else str(error)
-    text = re.sub(r"\d+(\.\d+)?", "#", " ".join(text.split()))
-    text = re.split(r"(?<=[.:;]) ", text)[0] if not isinstance(error, BagError) else text
-    short = text[:160]
-    return short if short in known or len(known) < MAX_REASONS else "other reasons"
+def _reason(error: Exception, known: dict[str, str]) -> str:
+    """Return an error's first sentence as it was first said: what differs in its numbers only is counted together.
+
+    known: a sentence without its numbers -> the first one that was like it.
+    """
+    text = " ".join((str(error).split("are no sensor_msgs")[0] if isinstance(error, BagError) else str(error)).split())
+    text = re.split(r"(?<=\.) ", text)[0] if not isinstance(error, BagError) else text
+    like = re.sub(r"\d+(\.\d+)?", "#", text)[:160]
+    if like not in known and len(known) >= MAX_REASONS:
+        return "other reasons"
+    return known.setdefault(like, text[:200])
 
 
 def _label(bag: BagReader, options: BagOptions, survey: Survey) -> None:

@@ -10,8 +10,8 @@ from ukd_ros.data.rosbag.message_types import IMAGE_TYPES, INFO_TYPE
 from ukd_ros.data.rosbag.options import BagOptions
 from ukd_ros.data.rosbag.reader import BagReader
 from ukd_ros.data.rosbag.storage import BagError, IntArray
+from ukd_ros.perception.images import is_depth
 
-DEPTH_ENCODINGS = ("16UC1", "32FC1")
 MAX_LISTED = 30
 
 
@@ -82,12 +82,9 @@ def _is_depth(bag: BagReader, topic: str) -> bool:
     index = bag.index([topic])
     for number in range(min(len(index), 3)):
         try:
-            message = bag.read(index[number]).decoded()
+            return is_depth(bag.read(index[number]).decoded())
         except BagError:
             continue
-        if hasattr(message, "encoding"):
-            return str(message.encoding) in DEPTH_ENCODINGS
-        return "compresseddepth" in str(message.format).lower()
     return False
 
 
