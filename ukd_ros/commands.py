@@ -70,6 +70,8 @@ def train(options: argparse.Namespace) -> int:
         return _show(config)
     _needs(options, "dataset", "out")
     if options.ensemble is not None:
+        if options.processes > 1:
+            raise UsageError("--processes: the members of --ensemble are processes already; leave it out")
         data, models, held_out = open_folders(
             config,
             options.dataset,
@@ -119,6 +121,9 @@ def distill(options: argparse.Namespace) -> int:
 
 def _distill_bags(options: argparse.Namespace) -> int:
     from ukd_ros.distillation.from_bags import distill_from_bags
+
+    if options.processes > 1:
+        raise UsageError("--processes: with --bag, start the processes with torchrun (docs/distillation.md)")
     from ukd_ros.distillation.from_bags_request import FromBagsConfig
 
     config = load_config(FromBagsConfig, options.config, options.set)
@@ -352,6 +357,7 @@ def _training(options: argparse.Namespace) -> dict[str, Any]:
         "held_out": options.held_out,
         "resume": options.resume,
         "time_budget_s": options.time_budget,
+        "processes": options.processes,
         "progress": not options.quiet,
     }
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ukd_ros.data.dataset import MixedWindows, TrainingSample, WindowDataset, Windows
+from ukd_ros.distillation.forked import together
 from ukd_ros.distillation.guidance import Guidance
 from ukd_ros.distillation.guide import Guide, GuideOptions
 from ukd_ros.distillation.parallel import Processes
@@ -18,6 +19,7 @@ from ukd_ros.distillation.teacher_cache import open_cache
 from ukd_ros.distillation.train import (
     TrainConfig,
     TrainResult,
+    check_share,
     new_network,
     object_models,
     open_folders,
@@ -141,13 +143,16 @@ def distill_on_folders(
     held_out: Path | None = None,
     resume: bool = False,
     time_budget_s: float | None = None,
+    processes: int = 1,
     progress: bool = True,
 ) -> TrainResult:
     """Distil teachers (checkpoints or runs) into a student on BOP-format folders; see `distill`.
 
-    `unlabelled`: folders whose views have no labels, or whose labels are not to be read. TeacherError for teachers that
+    `unlabelled`: folders whose views have no labels, or whose labels are not to be read. `processes` as in
+    `train_on_folders`; they also share out the asking of the teachers. TeacherError for teachers that
     cannot teach this student, BopError or ValueError as `open_folders`, before anything is decoded.
     """
+    check_share(config, processes)
     _, models = object_models(config, datasets, objects)
     device = train_device(config, Processes.from_environment())
     ensemble = Ensemble.load(teachers, models, config.window.size, device, single=config.single_teacher)
@@ -158,15 +163,19 @@ def distill_on_folders(
     if unlabelled:
         strange = open_unlabelled(unlabelled, ensemble, models, config.window, config.window_seed, progress)
         windows = MixedWindows(data, [(strange, config.unlabelled_share)], config.window_seed)
-    return distill(
-        config,
-        ensemble,
-        windows,
-        models,
-        out,
-        cache=cache,
-        held_out=checked,
-        resume=resume,
-        time_budget_s=time_budget_s,
-        progress=progress,
-    )
+
+    def work() -> TrainResult:
+        return distill(
+            config,
+            ensemble,
+            windows,
+            models,
+            out,
+            cache=cache,
+            held_out=checked,
+            resume=resume,
+            time_budget_s=time_budget_s,
+            progress=progress,
+        )
+
+    return together(processes, work)

@@ -50,7 +50,7 @@ from ukd_ros.perception.bundle import load_bundle, save_bundle
 
 logger = logging.getLogger(__name__)
 
-MARGIN = 0.05
+MARGIN = 0.04
 """This part of the budget is left free: the time between stages, and the interpreter's own start."""
 
 PROBE_PART = 0.4
@@ -259,7 +259,7 @@ class _Chain:
         if self.with_teachers:
             share = plan.seconds["teach"] / (plan.seconds["teach"] + plan.seconds["distil"])
             end = float(self.state.decide("teach.end", lambda: closing + (1.0 - share) * (self.left_s() - closing)))
-            steps = self.state.decide("teach.steps", lambda: steps_within(self.left_s() - end, rates))
+            steps = self.state.decide("teach.steps", lambda: steps_within(self.left_s() - end, rates.teaching()))
             taught = self.stage("teach", lambda: self._taught(steps, end), steps=steps)
             teachers = [Path(path) for path in taught["teachers"]]
             if not taught["finished"]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ukd_ros.data.progress import Progress, Stopped
@@ -27,7 +27,7 @@ MOST = {"train": 4000, "calibrate": 500, "evaluate": 250}
 """Images. The trial makes the first ones to calibrate on; what the training holds in memory bounds the most of those to
 train on, and more views than these do not change a calibration."""
 
-TRAINING_SLACK = 0.92
+TRAINING_SLACK = 0.94
 """A training is planned to end after this part of its time; the rest is for checkpoints, curves and other programs."""
 
 LAST_CYCLE = 0.15
@@ -50,7 +50,9 @@ FEWEST_STEPS = 8
 @dataclass(frozen=True)
 class Rates:
     """What this machine did in a short trial: s to start the renderer, s per image with all its processes, s to open
-    the data and the network, s per training step, and the threads that were fastest (0: torch's own choice).
+    the data and the network, s per step of the student's training, with the threads (0: torch's own choice) and
+    processes that were fastest; s per step of the teachers' side by side, and of a student's on one core (None: as the
+    student's).
     """
 
     render_start_s: float
@@ -58,11 +60,18 @@ class Rates:
     train_start_s: float
     step_s: float
     threads: int
+    processes: int = 1
+    teach_step_s: float | None = None
+    core_step_s: float | None = None
 
     @property
     def slowness(self) -> float:
         """Return how many times slower than an idle core this machine is at what is not timed."""
-        return max(1.0, self.step_s / STEP_OF_AN_IDLE_CORE_S)
+        return max(1.0, (self.core_step_s or self.step_s) / STEP_OF_AN_IDLE_CORE_S)
+
+    def teaching(self) -> Rates:
+        """Return the rates with the teachers' steps for the student's."""
+        return replace(self, step_s=self.teach_step_s or self.step_s)
 
 
 @dataclass(frozen=True)

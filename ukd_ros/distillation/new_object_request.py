@@ -62,7 +62,7 @@ def scenes_for_a_part() -> SceneConfig:
 def training_of_a_part() -> TrainConfig:
     """Return how a part is learned: on the demo student's layers, which saves the first 100,000 windows."""
     return TrainConfig(
-        initial="spray_bottle", micro_batch=32, warmup=0.05, positives=24, checkpoint_every=100, validate_every=0,
+        initial="spray_bottle", micro_batch=16, warmup=0.05, positives=24, checkpoint_every=100, validate_every=0,
         window=WindowConfig(rotation_deg=10.0, zoom_fraction=0.7, augment=AugmentConfig(cover_probability=0.2)),
     )  # fmt: skip
 

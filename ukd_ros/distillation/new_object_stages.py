@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,15 +33,17 @@ from ukd_ros.distillation.from_bags_request import FromBagsConfig
 from ukd_ros.distillation.new_object_part import symmetries_of
 from ukd_ros.distillation.new_object_plan import STARVED, TICKS, Pace, Rates
 from ukd_ros.distillation.new_object_request import NewObjectConfig
+from ukd_ros.distillation.new_object_trial import Trial, logged_steps_s
 from ukd_ros.distillation.train import TrainConfig, open_folders, train_on_folders
 
 logger = logging.getLogger(__name__)
 
 KINDS = ("train", "calibrate", "evaluate")
-PROBE_IMAGES = 4 * CHUNK
-PROBE_STEPS = 6
 CHECKPOINT_S = 15.0
 """A run that is killed loses at most so many seconds; writing one and drawing its curves takes half of one."""
+
+TIMED_VIEWS = (1, 12)
+"""Views that the finished student is timed on: the difference is what more views take."""
 
 SEEDS_APART = 1_000_003
 """Renders for training, calibration and evaluation are scenes of seeds so far apart."""
@@ -114,7 +115,7 @@ class RealStages:
     ) -> None:  # fmt: skip
         self.config, self.source, self.scene, self.work = config, source, scene, work
         self.training = replace(config.train, keypoint_kind=keypoint_kind, seed=config.seed)
-        self.threads, self._step_s = 0, math.inf
+        self.threads, self.processes, self._step_s = 0, 1, math.inf
         self._bags, self._progress, self._tell, self._now = tuple(bags), progress, tell, now
 
     def folder(self, kind: str) -> Path:
@@ -123,66 +124,12 @@ class RealStages:
 
     def probe(self, ensemble: bool, left_s: Callable[[], float]) -> Rates:
         """See `Stages`; the images are the first ones of those for calibration, so they are not lost."""
-        shutil.rmtree(self.folder("calibrate"), ignore_errors=True)  # of an interrupted probe: it would take no time
-        ticks: list[tuple[int, float]] = []
-        start = self._now()
-
-        def watch(progress: Progress) -> None:
-            ticks.append((progress.done, self._now()))
-            if left_s() <= 0.0:
-                raise Stopped("the time for the trial is up")
-
-        with listening(watch):
-            self._render("calibrate", PROBE_IMAGES)
-        took = self._now() - start
-        # the first half comes with the start of the processes; with many of them everything comes at once
-        done, when = next(tick for tick in ticks if tick[0] >= PROBE_IMAGES // 2)
-        late = (ticks[-1][1] - when) / max(1, PROBE_IMAGES - done)
-        image_s = max(late, 0.5 * took / PROBE_IMAGES)
-        cores = len(os.sched_getaffinity(0))
-        choices = [max(1, cores // self.config.teachers)] if ensemble else sorted({1, cores})
-        best, threads = self._time_steps(choices[0], ensemble, limit_s=max(1.0, left_s())), choices[0]
-        for more in choices[1:]:
-            try:
-                timed = self._time_steps(more, ensemble, limit_s=min(PROBE_STEPS * best[1], left_s()))
-            except Stopped:  # threads that wait for cores in use by others are slower than one
-                continue
-            best, threads = (timed, more) if timed[1] < best[1] else (best, threads)
-        return Rates(max(0.0, took - PROBE_IMAGES * image_s), image_s, *best, threads)
-
-    def _time_steps(self, threads: int, ensemble: bool, limit_s: float) -> tuple[float, float]:
-        """Return the seconds until the first step, and per step, of a training with so many threads.
-
-        Stopped when steps take longer than `limit_s` together.
-        """
-        folder = self.work / "probe"
-        shutil.rmtree(folder, ignore_errors=True)
-        config = replace(self.training, steps=PROBE_STEPS, threads=threads, log_every=1)
-        start = self._now()
-        ticks: list[float] = []
-        if ensemble:
-            data, models, _ = open_folders(config, [self.folder("calibrate")], progress=False)
-            train_ensemble(config, self.config.teachers, data, models, folder, progress=False)
-            took = self._now() - start
-            step_s = float(np.median(_logged_steps_s(member_folder(folder, config.seed), config)[1:]))
-        else:
-
-            def watch(progress: Progress) -> None:
-                if progress.stage == "training":
-                    ticks.append(self._now())
-                    if ticks[-1] - ticks[0] > limit_s:
-                        raise Stopped("slower than with fewer threads")
-
-            with listening(watch):
-                train_on_folders(config, [self.folder("calibrate")], folder, progress=False)
-            took = self._now() - start
-            step_s = (ticks[-1] - ticks[1]) / (len(ticks) - 2)  # the first step warms up
-        shutil.rmtree(folder, ignore_errors=True)
-        return max(0.0, took - PROBE_STEPS * step_s), step_s
+        trial = Trial(self.training, self.folder("calibrate"), self.work, left_s, self._now)
+        return trial.rates(lambda count: self._render("calibrate", count), self.config.teachers if ensemble else 0)
 
     def tune(self, rates: Rates) -> None:
         """See `Stages`."""
-        self.threads, self._step_s = rates.threads, rates.step_s
+        self.threads, self.processes, self._step_s = rates.threads, rates.processes, rates.step_s
         every = max(10, int(CHECKPOINT_S / rates.step_s))
         self.training = replace(self.training, checkpoint_every=every, log_every=min(self.training.log_every, TICKS))
 
@@ -235,7 +182,7 @@ class RealStages:
         def watch(progress: Progress) -> None:
             pace(progress)
             slow = pace.step_s is not None and progress.done > 2 and pace.step_s > STARVED * self._step_s
-            if slow and torch.get_num_threads() > 1:
+            if slow and self.processes == 1 and torch.get_num_threads() > 1:
                 # every thread waits for the last one: with a core taken away one alone is several times as fast
                 logger.warning("a step takes %.1f s, not %.1f: going on with one thread", pace.step_s, self._step_s)
                 torch.set_num_threads(1)
@@ -256,7 +203,9 @@ class RealStages:
         if peak is not None:
             config = replace(config, learning_rate=peak)
         with self._paced(left_s, reserve_s) as pace:
-            train_on_folders(config, [self.folder("train")], folder, resume=True, progress=self._progress)
+            train_on_folders(
+                config, [self.folder("train")], folder, resume=True, processes=self.processes, progress=self._progress
+            )
         return _trained(folder, config, pace.step_s)
 
     def teach(self, steps: int, left_s: Callable[[], float]) -> list[Trained]:
@@ -270,7 +219,7 @@ class RealStages:
     def _beside_teachers(self, steps: int, initial: Path) -> DistillConfig:
         """Return how the student learns beside teachers, who are asked about every third window once."""
         plain = {item.name: getattr(self.training, item.name) for item in fields(TrainConfig)}
-        plain |= {"steps": steps, "initial": str(initial), "threads": 0}
+        plain |= {"steps": steps, "initial": str(initial), "threads": 1 if self.processes > 1 else 0}
         return DistillConfig(**plain, guide=self.config.guide, windows=max(1, steps * self.training.batch_size // 3))
 
     def distil(self, steps: int, left_s: Callable[[], float], reserve_s: float, teachers: Sequence[Path]) -> Trained:
@@ -278,7 +227,10 @@ class RealStages:
         config = self._beside_teachers(steps, teachers[0])
         folder = self.work / "student"
         with self._paced(left_s, reserve_s) as pace:
-            distill_on_folders(config, teachers, [self.folder("train")], folder, resume=True, progress=self._progress)
+            distill_on_folders(
+                config, teachers, [self.folder("train")], folder, resume=True, processes=self.processes,
+                progress=self._progress,
+            )  # fmt: skip
         if not (folder / "checkpoint.pt").is_file():  # asking the teachers took all the time
             return Trained(teachers[0], 0, False, _logged_step_s(teachers[0].parent, config))
         return _trained(folder, config, pace.step_s)
@@ -320,11 +272,15 @@ class RealStages:
         return {"model": str(model), "view_s": self._view_s(model)}
 
     def _view_s(self, model: Path) -> float:
-        """Return the seconds that the estimator takes for a view, labels read and all."""
-        start, views = self._now(), 4
+        """Return the seconds that the estimator takes for a view; what opening model and data take is left out."""
+        few, more = TIMED_VIEWS
+        took = []
         with listening(lambda _: None):
-            evaluate_model(model, self.folder("evaluate"), limit=views, progress=False)
-        return (self._now() - start) / views
+            for views in (few, few, more):  # the first one warms up
+                start = self._now()
+                evaluate_model(model, self.folder("evaluate"), limit=views, progress=False)
+                took.append(self._now() - start)
+        return max(took[2] - took[1], 0.1 * took[2]) / (more - few)
 
     def calibrate(self, model: Path, limit: int) -> dict[str, Any]:
         """See `Stages`; where the student finds too little by itself, on crops around the truth."""
@@ -371,15 +327,7 @@ def _trained(folder: Path, config: TrainConfig, step_s: float | None) -> Trained
 
 def _logged_step_s(folder: Path, config: TrainConfig) -> float:
     """Return the seconds of a step of late, as the run's metrics have it."""
-    return float(np.median(_logged_steps_s(folder, config)[-5:]))
-
-
-def _logged_steps_s(folder: Path, config: TrainConfig) -> list[float]:
-    """Return the seconds of a step, of every line of a run's metrics; a minute, without any, for a run cut at once."""
-    if not (folder / "metrics.jsonl").is_file():
-        return [60.0]
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [config.batch_size / float(json.loads(line)["images_per_s"]) for line in lines]
+    return float(np.median(logged_steps_s(folder, config)[-5:]))
 
 
 def _or_none(value: float) -> float | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes that train together under torchrun; alone, every operation is the identity."""
+"""The processes that train together, torchrun's or forks (`forked`); alone, every operation is the identity."""
 
 from __future__ import annotations
 
@@ -23,14 +23,18 @@ class Processes:
 
     @staticmethod
     def from_environment() -> Processes:
-        """Join the group that torchrun announced (gloo for what is on CPUs, nccl on CUDA), or stand alone."""
+        """Return the group that this process belongs to, join that which torchrun announced, or stand alone.
+
+        gloo carries what is on CPUs, nccl what is on CUDA.
+        """
+        if distributed.is_initialized():
+            return Processes(distributed.get_rank(), distributed.get_world_size())
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return Processes()
-        if not distributed.is_initialized():
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-            kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-            distributed.init_process_group(kinds, timeout=PATIENCE)
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        kinds = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        distributed.init_process_group(kinds, timeout=PATIENCE)
         return Processes(distributed.get_rank(), distributed.get_world_size())
 
     def sum(self, value: Tensor) -> Tensor:

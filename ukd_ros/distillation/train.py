@@ -33,6 +33,7 @@ from ukd_ros.distillation.assignment import Assignment, assign, object_rows
 from ukd_ros.distillation.batches import Batches, BatchShape, MicroBatch
 from ukd_ros.distillation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ukd_ros.distillation.curves import draw_curves
+from ukd_ros.distillation.forked import together
 from ukd_ros.distillation.guide import Guide
 from ukd_ros.distillation.losses import focal_loss, gaussian_nll, pose_loss, ray_loss
 from ukd_ros.distillation.muon import Muon, Together
@@ -115,6 +116,9 @@ class TrainConfig:
             raise ValueError(f"train.optimizer: {self.optimizer!r} is none of muon, adamw")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"train.device: {self.device!r} is none of auto, cpu, cuda")
+        for name in ("focal_weight", "ray_weight", "pose_weight", "nll_weight"):
+            if not 0.0 <= getattr(self, name) < math.inf:  # what is minimised must be an error
+                raise ValueError(f"train.{name}: must be a number of at least 0, not {getattr(self, name)}")
         if not 0.0 < self.warmup < 1.0:
             raise ValueError(f"train.warmup: must be inside 0..1, not {self.warmup}")
 
@@ -277,17 +281,24 @@ def train_on_folders(
     held_out: Path | None = None,
     resume: bool = False,
     time_budget_s: float | None = None,
+    processes: int = 1,
     progress: bool = True,
 ) -> TrainResult:
     """Train on BOP-format folders, such as `ukd render` writes them; see `train`.
 
     `objects`: names to learn (default: all models of the first folder). `held_out`: a folder for validation.
-    BopError or ValueError as `open_folders`.
+    `processes` share out every batch and one copy of the views, and take the steps of one (`forked`).
+    BopError or ValueError as `open_folders`; ValueError or ForkError as `together`.
     """
+    check_share(config, processes)
     data, models, checked = open_folders(config, datasets, objects=objects, held_out=held_out, progress=progress)
-    return train(
-        config, data, models, out, held_out=checked, resume=resume, time_budget_s=time_budget_s, progress=progress
-    )
+
+    def work() -> TrainResult:
+        return train(
+            config, data, models, out, held_out=checked, resume=resume, time_budget_s=time_budget_s, progress=progress
+        )
+
+    return together(processes, work)
 
 
 def open_folders(
@@ -440,18 +451,23 @@ def validate(network: KeypointNetwork, data: WindowDataset, config: TrainConfig,
 
 def train_device(config: TrainConfig, processes: Processes) -> torch.device:
     """Return the device asked for; ValueError when it is not there or the processes outnumber the micro-batches."""
-    parts = config.batch_size // config.micro_batch
-    if parts % processes.count:
-        raise ValueError(
-            f"train.micro_batch: {parts} micro-batches a step cannot be shared evenly by {processes.count} processes; "
-            "make micro_batch smaller (a run started with another value cannot be resumed)"
-        )
+    check_share(config, processes.count)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("train.device: cuda was asked for, but torch sees no CUDA device here; use cpu or auto")
     if config.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     torch.set_float32_matmul_precision("high")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def check_share(config: TrainConfig, processes: int) -> None:
+    """Refuse a number of processes that cannot share out a batch; ValueError."""
+    parts = config.batch_size // config.micro_batch
+    if parts % processes:
+        raise ValueError(
+            f"train.micro_batch: {parts} micro-batches a step cannot be shared evenly by {processes} processes; "
+            "make micro_batch smaller (a run started with another value cannot be resumed)"
+        )
 
 
 def _optimizer(network: KeypointNetwork, config: TrainConfig, extra: nn.Module | None = None) -> Together:

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes forked off this one, which share its memory (the decoded views) and end with it."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import cv2
+import torch
+from torch import distributed
+
+from ukd_ros.data.progress import listening
+from ukd_ros.distillation.parallel import PATIENCE
+
+logger = logging.getLogger(__name__)
+
+CAN_FORK = "fork" in multiprocessing.get_all_start_methods()
+
+GRACE_S = 30.0
+"""So long may a process that was asked to end write its checkpoint."""
+
+_PR_SET_PDEATHSIG = 1
+
+T = TypeVar("T")
+
+
+class ForkError(RuntimeError):
+    """Forked processes failed; the message says which and why."""
+
+
+class Forked:
+    """Forked processes; whoever leaves the `with` early, by any exception, ends those that still work.
+
+    Fork from a process whose threads are idle: those of OpenMP are not copied, so a fork may only use more than one
+    thread where this process has not done so before.
+    """
+
+    def __init__(self) -> None:
+        self._processes: list[tuple[BaseProcess, Path, str]] = []
+
+    def __enter__(self) -> Forked:
+        # a fork that changed OpenCV's pool would wait for ever for threads that it does not have
+        cv2.setNumThreads(1)
+        return self
+
+    def start(self, work: Callable[[], None], said: Path, name: str) -> None:
+        """Do `work` in a process called `name`; what it fails of is left in the file `said`, for a pipe fills up."""
+        said.parent.mkdir(parents=True, exist_ok=True)
+        said.unlink(missing_ok=True)
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=_run, args=(work, said, os.getpid()), name=name)
+        self._processes.append((process, said, name))
+        process.start()
+
+    def join(self, seconds: float | None = None) -> list[str]:
+        """Wait for all (so long at most, each); return why those that failed did, each beginning with its name."""
+        for process, _, _ in self._processes:
+            process.join(seconds)
+        return [f"{name}: {_reason(process, said)}" for process, said, name in self._processes if process.exitcode]
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        started = [process for process, _, _ in self._processes if process.pid is not None]
+        for process in started:
+            if process.is_alive():
+                process.terminate()
+        for process in started:
+            process.join(GRACE_S)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def together(count: int, work: Callable[[], T]) -> T:
+    """Do `work` in this process and in `count` - 1 forks of it, which train together (`Processes`); return its result.
+
+    This process is the first, so who listens to its progress hears it, and may stop all. ValueError without fork
+    (Windows), on CUDA or under torchrun; ForkError when a fork failed; what `work` raises here otherwise.
+    """
+    if count == 1:
+        return work()
+    if not CAN_FORK:
+        raise ValueError("several processes share their views by fork, which this system lacks; use torchrun")
+    if "RANK" in os.environ:
+        raise ValueError("torchrun starts the processes here: do not ask for more")
+    if torch.cuda.is_available():
+        raise ValueError("several processes on one machine are for CPUs; use torchrun with one process for each GPU")
+    with tempfile.TemporaryDirectory() as folder, _shared_cores(count), Forked() as forked:
+        meeting = Path(folder) / "meeting"
+
+        def other(rank: int) -> None:
+            with listening(lambda _: None), _group(meeting, rank, count):
+                work()
+
+        for rank in range(1, count):
+            said = Path(folder) / f"failed-{rank}.txt"
+            forked.start(lambda rank=rank: other(rank), said, f"process {rank + 1} of {count}")  # type: ignore[misc]
+        try:
+            with _group(meeting, 0, count):
+                result = work()
+        except RuntimeError as error:
+            # when another process dies, this one hears of a closed connection: its reason says more
+            if failures := forked.join(1.0):
+                raise ForkError("; ".join(failures)) from error
+            raise
+        if failures := forked.join():
+            raise ForkError("; ".join(failures))
+        return result
+
+
+@contextmanager
+def _shared_cores(count: int) -> Iterator[None]:
+    """Let each of so many processes use its share of the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, min(before, len(os.sched_getaffinity(0)) // count)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _group(meeting: Path, rank: int, count: int) -> Iterator[None]:
+    """Belong to a group of processes on this machine, which find one another by a file."""
+    before = os.environ.get("GLOO_SOCKET_IFNAME")
+    if before is None and sys.platform == "linux":
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # a robot's host name need not lead anywhere
+    try:
+        place = f"file://{meeting}"
+        distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=count, timeout=PATIENCE)
+        try:
+            yield
+        finally:
+            distributed.destroy_process_group()
+    finally:
+        if before is None:
+            os.environ.pop("GLOO_SOCKET_IFNAME", None)
+
+
+def _run(work: Callable[[], None], said: Path, parent: int) -> None:
+    """Work in the forked process; leave the reason of a failure in the file."""
+    _end_with(parent)
+    try:
+        work()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:  # every reason is said by the parent
+        logger.debug("%s:\n%s", said, traceback.format_exc())
+        said.write_text(f"{type(error).__name__}: {error}\n", encoding="utf-8")
+        sys.exit(1)
+
+
+def _end_with(parent: int) -> None:
+    """Have the kernel end this process with its parent (Linux): nobody else would stop an orphan for hours."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died in between
+            sys.exit(1)
+
+
+def _reason(process: BaseProcess, said: Path) -> str:
+    """Say why a process ended."""
+    if said.is_file():
+        return said.read_text(encoding="utf-8").strip()
+    if process.exitcode == -signal.SIGKILL:
+        return "its process was killed (out of memory, perhaps); its last checkpoint is kept"
+    return f"its process ended with {process.exitcode}; its last checkpoint is kept"
