@@ -164,6 +164,33 @@ def test_the_scale_learns_the_teachers_doubt_plus_its_own_miss() -> None:
     assert torch.allclose(covariance()[0, 0, 0], wanted, rtol=1e-3)
 
 
+def test_pure_transport_teaches_the_teachers_covariance_and_forgets_the_miss() -> None:
+    """One vote each: ½ W2² is least at S = Σ whatever δ is, and there it is ½ |δ|²."""
+    teacher = votes(1, 1, spread=0.02)
+    delta = torch.tensor([0.03, -0.01], dtype=torch.float64)
+    options = AlignOptions(BALANCED, covariance="w2")
+    root = torch.full((P, 1, K, 2), math.log(0.05), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([root], lr=0.5, max_iter=300, tolerance_grad=1e-14, tolerance_change=1e-16)
+
+    def losses() -> tuple[torch.Tensor, torch.Tensor]:
+        student = replace(votes(1, 1), xy=teacher.xy + delta, cov=torch.diag_embed((2.0 * root).exp()))
+        return gaussian_align(student, teacher, options)[:2]
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = 1e4 * losses()[0].sum()
+        loss.backward()
+        return float(loss.detach())
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    moved, scale = losses()
+    assert torch.allclose((2.0 * root).exp(), torch.full_like(root, 0.01**2 + 0.02**2), rtol=1e-2)
+    assert torch.allclose(moved, torch.full_like(moved, 0.5 * float(delta @ delta)), rtol=1e-3)
+    assert torch.count_nonzero(scale) == 0
+    with pytest.raises(ValueError, match=r"align.covariance: 'bures' is none of entropy, w2"):
+        AlignOptions(covariance="bures")
+
+
 def test_the_scale_loss_leaves_the_mean_alone_and_the_other_the_scale() -> None:
     student, teacher = votes(0, N), votes(1, M)
     xy, cov = student.xy.clone().requires_grad_(True), student.cov.clone().requires_grad_(True)

@@ -23,6 +23,7 @@ from ukd_ros.distillation.transport import (
 )
 
 WEIGHTINGS = ("mass", "cost", "keypoint")
+COVARIANCES = ("entropy", "w2")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class AlignOptions:
     where the teachers' uncertainty acts, any of "mass" (an uncertain vote weighs less), "cost" (its misses cost less),
     and "keypoint" (an uncertain keypoint's whole problem counts less; weights sum to K). `softness`: the standard
     deviation, as a fraction of the window's side, at which a vote has half the say of a certain one. `aleatoric`: count
-    what the teachers predict themselves as uncertain, besides what they disagree on.
+    what the teachers predict themselves as uncertain, besides what they disagree on. `covariance`: how the student's
+    covariance learns in Gaussian transport, by the cross-entropy ("entropy") or from the transport's own value ("w2").
     """
 
     transport: TransportOptions = TransportOptions(blur=1e-2, reach=0.5)
@@ -58,12 +60,15 @@ class AlignOptions:
     weighting: tuple[str, ...] = ()
     softness: float = 0.02
     aleatoric: bool = True
+    covariance: str = "entropy"
 
     def __post_init__(self) -> None:
         """Refuse weightings that do nothing; ValueError names the field."""
         unknown = set(self.weighting) - set(WEIGHTINGS)
         if unknown:
             raise ValueError(f"align.weighting: {', '.join(sorted(unknown))} is none of {', '.join(WEIGHTINGS)}")
+        if self.covariance not in COVARIANCES:
+            raise ValueError(f"align.covariance: {self.covariance!r} is none of {', '.join(COVARIANCES)}")
         if not self.softness > 0.0:
             raise ValueError(f"align.softness: must be positive, not {self.softness}")
         if self.transport.reach == float("inf"):
@@ -141,7 +146,12 @@ def gaussian_align(student: Votes, teacher: Votes, options: AlignOptions) -> tup
 
         Σ_ij π_ij ½ [log|S_i| + tr S_i⁻¹ (Σ_j + δ_ij δ_ijᵀ)] / Σ_ij π_ij,   δ detached,
 
-    whose optimum is the teacher's covariance plus the student's own miss, in the unit of the window's side.
+    whose optimum is the teacher's covariance plus the student's own miss, in the unit of the window's side. With
+    `covariance` "w2" there is none; the transport loss has the distance's other half besides,
+
+        Σ_ij π_ij ½ tr(S_i + Σ_j − 2 (Σ_j^½ S_i Σ_j^½)^½),
+
+    whose optimum is the teacher's covariance alone: a student that misses by more is surer than it may be.
     """
     x, y = student.xy.transpose(1, 2), teacher.xy.transpose(1, 2)
     S, T = student.cov.transpose(1, 2), _total(teacher).transpose(1, 2)
@@ -150,6 +160,20 @@ def gaussian_align(student: Votes, teacher: Votes, options: AlignOptions) -> tup
         plan = solve(gaussian_distance(x, S, y, T), a, b, options.transport).plan
     cost = _precision_cost(x, y, teacher, options) if "cost" in options.weighting else squared_distance(x, y)
     loss = (plan * cost).sum((-2, -1))
+    if options.covariance == "w2":
+        nowhere = torch.zeros_like(x), torch.zeros_like(y)
+        loss = loss + (plan * gaussian_distance(nowhere[0], S, nowhere[1], T)).sum((-2, -1))
+        scale_loss = torch.zeros_like(loss)
+    else:
+        scale_loss = _scale_loss(x, S, y, T, plan)
+    if "keypoint" in options.weighting:
+        weights = keypoint_weights(teacher, options)
+        loss, scale_loss = loss * weights, scale_loss * weights
+    return loss, scale_loss, plan
+
+
+def _scale_loss(x: Tensor, S: Tensor, y: Tensor, T: Tensor, plan: Tensor) -> Tensor:
+    """Return the mean cross-entropy over the plan [P,K]; see `gaussian_align`."""
     delta = (x[..., :, None, :] - y[..., None, :, :]).detach()
     second = T[..., None, :, :, :] + delta[..., :, None] * delta[..., None, :]
     u, v, c = S[..., 0, 0], S[..., 1, 1], S[..., 0, 1]
@@ -157,13 +181,9 @@ def gaussian_align(student: Votes, teacher: Votes, options: AlignOptions) -> tup
     inverse = torch.stack((torch.stack((v, -c), -1), torch.stack((-c, u), -1)), -2) / determinant[..., None, None]
     fit = (inverse[..., :, None, :, :] * second).sum((-2, -1))
     entropy = 0.5 * (determinant.log()[..., :, None] + fit)
-    moved = plan.sum((-2, -1)).clamp(min=torch.finfo(plan.dtype).tiny)
-    scale_loss = (plan * entropy).sum((-2, -1)) / moved
-    scale_loss = torch.where(plan.sum((-2, -1)) > 0, scale_loss, torch.zeros_like(scale_loss))
-    if "keypoint" in options.weighting:
-        weights = keypoint_weights(teacher, options)
-        loss, scale_loss = loss * weights, scale_loss * weights
-    return loss, scale_loss, plan
+    moved = plan.sum((-2, -1))
+    told = (plan * entropy).sum((-2, -1)) / moved.clamp(min=torch.finfo(plan.dtype).tiny)
+    return torch.where(moved > 0, told, torch.zeros_like(told))
 
 
 def feature_loss(student: Votes, teacher: Votes) -> Tensor:
