@@ -98,6 +98,33 @@ except ForkError as error:
     assert run(tmp_path, script).startswith(reason)
 
 
+def test_a_fork_that_never_comes_is_not_waited_for(tmp_path: Path) -> None:
+    script = """
+from ukd_ros.distillation import forked
+def touch(path):
+    raise OSError("no memory")
+Path.touch = touch
+try:
+    together(2, work)
+except ForkError as error:
+    print(error)
+"""
+    assert run(tmp_path, script) == "process 2 of 2: OSError: no memory"
+
+
+def test_a_loss_that_is_not_finite_is_said_as_it_is_by_one_process(tmp_path: Path) -> None:
+    script = """
+from dataclasses import replace
+from ukd_ros.distillation.train import TrainingDiverged
+wild = replace(TINY, learning_rate=1e30, clip_norm=1e30)
+try:
+    together(2, lambda: train(wild, data, [CUBE], out, progress=False))
+except TrainingDiverged as error:
+    print(error)
+"""
+    assert "is not finite; the last good checkpoint is" in run(tmp_path, script)
+
+
 def test_an_error_here_is_raised_here_and_leaves_nobody(tmp_path: Path) -> None:
     script = """
 import multiprocessing

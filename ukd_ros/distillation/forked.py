@@ -10,9 +10,11 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +33,12 @@ CAN_FORK = "fork" in multiprocessing.get_all_start_methods()
 
 GRACE_S = 30.0
 """So long may a process that was asked to end write its checkpoint."""
+
+LAST_WORDS_S = 2.0
+"""So long may a process that failed take to say why."""
+
+START_S = 60.0
+"""A process that does not run by then never will."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -71,6 +79,15 @@ class Forked:
             process.join(seconds)
         return [f"{name}: {_reason(process, said)}" for process, said, name in self._processes if process.exitcode]
 
+    def wait_for(self, files: Sequence[Path]) -> None:
+        """Wait until the processes have made these files; ForkError when one ends before, or nothing comes."""
+        end = time.monotonic() + START_S
+        while not all(file.exists() for file in files):
+            if failures := self.join(0.01):
+                raise ForkError("; ".join(failures))
+            if time.monotonic() > end:
+                raise ForkError(f"processes that share the training did not start within {START_S:.0f} s")
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         started = [process for process, _, _ in self._processes if process.pid is not None]
         for process in started:
@@ -100,19 +117,24 @@ def together(count: int, work: Callable[[], T]) -> T:
     with tempfile.TemporaryDirectory() as folder, _shared_cores(count), Forked() as forked:
         meeting = Path(folder) / "meeting"
 
+        runs = {rank: Path(folder) / f"runs-{rank}" for rank in range(1, count)}
+
         def other(rank: int) -> None:
+            runs[rank].touch()
             with listening(lambda _: None), _group(meeting, rank, count):
                 work()
 
-        for rank in range(1, count):
+        for rank in runs:
             said = Path(folder) / f"failed-{rank}.txt"
-            forked.start(lambda rank=rank: other(rank), said, f"process {rank + 1} of {count}")  # type: ignore[misc]
+            forked.start(partial(other, rank), said, f"process {rank + 1} of {count}")
+        forked.wait_for(list(runs.values()))  # a group waits for ever for who never comes
         try:
             with _group(meeting, 0, count):
                 result = work()
         except RuntimeError as error:
+            lost = isinstance(error, distributed.DistError) or "gloo" in str(error)
             # when another process dies, this one hears of a closed connection: its reason says more
-            if failures := forked.join(1.0):
+            if lost and (failures := forked.join(LAST_WORDS_S)):
                 raise ForkError("; ".join(failures)) from error
             raise
         if failures := forked.join():
@@ -141,6 +163,7 @@ def _group(meeting: Path, rank: int, count: int) -> Iterator[None]:
         place = f"file://{meeting}"
         distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=count, timeout=PATIENCE)
         try:
+            distributed.barrier()  # who is done at once must not leave while others still connect
             yield
         finally:
             distributed.destroy_process_group()

@@ -528,6 +528,7 @@ def _restore(
         if key not in free and mine.get(key) != theirs.get(key):
             raise ValueError(
                 f"{path}: was trained with {key} = {theirs.get(key)}, not {mine.get(key)}; --resume needs the same"
+                + (f" (--set {key}={theirs[key]})" if isinstance(theirs.get(key), bool | int | float | str) else "")
             )
     if guide is not None and content.taught != guide.identity:
         raise ValueError(f"{path}: was taught by other teachers or on other windows; --resume needs the same")
