@@ -16,7 +16,7 @@ from ukd_ros.cli import main
 from ukd_ros.data.dataset import WindowConfig, WindowDataset
 from ukd_ros.distillation.checkpoint import load_checkpoint
 from ukd_ros.distillation.forked import together
-from ukd_ros.distillation.train import TrainConfig, check_share, train
+from ukd_ros.distillation.train import TrainConfig, check_forks, train
 
 TINY = TrainConfig(steps=4, batch_size=8, micro_batch=4, log_every=1, validate_every=0, width_factor=0.25, threads=1,
                    device="cpu", seed=4, window=WindowConfig(size=64))  # fmt: skip
@@ -98,6 +98,37 @@ except ForkError as error:
     assert run(tmp_path, script).startswith(reason)
 
 
+def test_two_forks_distil_as_one_process_does(tmp_path: Path) -> None:
+    """The teachers were used by this process, on several threads, before the fork."""
+    script = """
+from test_distill import DistillConfig, Ensemble, TINY as KD, WINDOW, distill, member, losses
+import torch
+torch.set_num_threads(4)
+ensemble = Ensemble([member(seed) for seed in range(3)], identity="three")
+for network in ensemble.networks:
+    network(torch.zeros(4, 3, 64, 64))  # OpenMP's threads of this process run
+windows = WindowDataset(CubeViews(6), [CUBE], WINDOW, seed=0)
+config = replace(KD, steps=3)
+for name, count in (("two", 2), ("one", 1)):
+    together(count, lambda: distill(config, ensemble, windows, [CUBE], out / name, progress=False))
+print(max(abs(a - b) / abs(b) for a, b in zip(losses(out / "two"), losses(out / "one"), strict=True)) < 1e-3)
+"""
+    assert run(tmp_path, script) == "True"
+
+
+def test_a_signal_to_a_fork_alone_stops_and_keeps(tmp_path: Path) -> None:
+    script = """
+def before(first):
+    if not first:
+        raise KeyboardInterrupt
+try:
+    together(2, work)
+except Stopped as stop:
+    print(stop)
+"""
+    assert "interrupted; the last checkpoint is kept" in run(tmp_path, script)
+
+
 def test_a_fork_that_never_comes_is_not_waited_for(tmp_path: Path) -> None:
     script = """
 from ukd_ros.distillation import forked
@@ -143,7 +174,15 @@ def test_what_cannot_be_shared_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ValueError, match="2 micro-batches a step cannot be shared evenly by 3 processes"):
-        check_share(TINY, 3)
+        check_forks(TINY, 3)
+    with pytest.raises(ValueError, match="one thread each, not on 4"):
+        check_forks(replace(TINY, threads=4), 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check_forks(TINY, 2)  # on the CPU, as asked for
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="torchrun, one process for each GPU"):
+        check_forks(replace(TINY, device="auto"), 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ValueError, match="torchrun"):
         together(2, lambda: None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ukd_ros.distillation import new_object_trial
 from ukd_ros.distillation.forked import ForkError
 from ukd_ros.distillation.new_object_plan import STEP_OF_AN_IDLE_CORE_S, Rates, steps_within
 from ukd_ros.distillation.new_object_request import training_of_a_part
-from ukd_ros.distillation.new_object_trial import PROBE_IMAGES, PROBE_STEPS, Trial, sharings
+from ukd_ros.distillation.new_object_trial import Trial, sharings
 from ukd_ros.distillation.train import TrainConfig
 
 CONFIG = TrainConfig(batch_size=32, micro_batch=16, device="cpu")
@@ -28,6 +28,7 @@ class Machine:
 
     step_s: dict[tuple[int, int], float]
     refuses: tuple[int, int] | None = None
+    interrupted: tuple[int, int] | None = None
     time: float = 0.0
     tried: list[tuple[int, int]] = field(default_factory=list)
 
@@ -45,6 +46,8 @@ class Machine:
         self.tried.append((config.threads, processes))
         if self.tried[-1] == self.refuses:
             raise ForkError("process 2 of 2: OSError: no room left")
+        if self.tried[-1] == self.interrupted:
+            raise Stopped("checkpoint.pt: interrupted at step 2 of 6, which is kept; go on with --resume")
         self.time += 2.0
         with Bar(total=config.steps, desc="training", disable=True) as bar:
             for _ in range(config.steps):
@@ -109,7 +112,8 @@ def test_what_is_tried_follows_cores_and_batch(monkeypatch: pytest.MonkeyPatch) 
         (2, 32, False, [(2, 1)]),
         (4, 8, False, [(1, 4)]),
         (3, 8, False, [(1, 2), (3, 1)]),
-        (8, 16, True, [(1, 2)]),
+        (2, 16, True, [(1, 2)]),
+        (8, 16, True, []),
     ]:
         monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
         config = TrainConfig(batch_size=32, micro_batch=micro, device="cpu")
@@ -123,4 +127,11 @@ def test_what_is_tried_follows_cores_and_batch(monkeypatch: pytest.MonkeyPatch) 
 def test_teachers_are_planned_by_their_own_steps() -> None:
     rates = Rates(3.0, 0.1, 2.0, 0.2, 1, 2, teach_step_s=0.5)
     assert steps_within(400.0, rates) > 2 * steps_within(400.0, rates.teaching())
-    assert PROBE_IMAGES >= 4 and PROBE_STEPS >= 4
+    assert steps_within(400.0, rates.alone()) == steps_within(400.0, rates)  # one core was not timed
+    assert steps_within(400.0, replace(rates, core_step_s=0.4).alone()) < 0.6 * steps_within(400.0, rates)
+
+
+def test_who_asks_to_stop_in_the_trial_is_heard(on: Callable[..., Any]) -> None:
+    machine = Machine({(1, 1): 0.4, (1, 2): 0.3}, interrupted=(1, 2))
+    with pytest.raises(Stopped, match="interrupted at step 2"):
+        on(machine, 2)

@@ -19,7 +19,7 @@ from ukd_ros.distillation.teacher_cache import open_cache
 from ukd_ros.distillation.train import (
     TrainConfig,
     TrainResult,
-    check_share,
+    check_forks,
     new_network,
     object_models,
     open_folders,
@@ -152,7 +152,7 @@ def distill_on_folders(
     `train_on_folders`; they also share out the asking of the teachers. TeacherError for teachers that
     cannot teach this student, BopError or ValueError as `open_folders`, before anything is decoded.
     """
-    check_share(config, processes)
+    check_forks(config, processes)
     _, models = object_models(config, datasets, objects)
     device = train_device(config, Processes.from_environment())
     ensemble = Ensemble.load(teachers, models, config.window.size, device, single=config.single_teacher)

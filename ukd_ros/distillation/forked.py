@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -24,18 +25,23 @@ import cv2
 import torch
 from torch import distributed
 
-from ukd_ros.data.progress import listening
-from ukd_ros.distillation.parallel import PATIENCE
+from ukd_ros.data.progress import Stopped, listening
 
 logger = logging.getLogger(__name__)
 
-CAN_FORK = "fork" in multiprocessing.get_all_start_methods()
+CAN_FORK = "fork" in multiprocessing.get_all_start_methods() and distributed.is_available()
 
 GRACE_S = 30.0
 """So long may a process that was asked to end write its checkpoint."""
 
 LAST_WORDS_S = 2.0
 """So long may a process that failed take to say why."""
+
+PATIENCE = timedelta(minutes=30)
+"""So long may one process work alone while the others wait; and one that dies while it joins is waited for."""
+
+INTERRUPTED = 130
+"""What a process ends with that Ctrl-C or a signal stopped, as shells have it."""
 
 START_S = 60.0
 """A process that does not run by then never will."""
@@ -79,6 +85,11 @@ class Forked:
             process.join(seconds)
         return [f"{name}: {_reason(process, said)}" for process, said, name in self._processes if process.exitcode]
 
+    @property
+    def interrupted(self) -> bool:
+        """Return whether a process that ended was stopped by a signal that it minds."""
+        return any(process.exitcode == INTERRUPTED for process, _, _ in self._processes)
+
     def wait_for(self, files: Sequence[Path]) -> None:
         """Wait until the processes have made these files; ForkError when one ends before, or nothing comes."""
         end = time.monotonic() + START_S
@@ -103,8 +114,9 @@ class Forked:
 def together(count: int, work: Callable[[], T]) -> T:
     """Do `work` in this process and in `count` - 1 forks of it, which train together (`Processes`); return its result.
 
-    This process is the first, so who listens to its progress hears it, and may stop all. ValueError without fork
-    (Windows), on CUDA or under torchrun; ForkError when a fork failed; what `work` raises here otherwise.
+    This process is the first, so who listens to its progress hears it, and may stop all. Each runs on one thread: this
+    process may have used more before, which a fork then cannot. ValueError without fork (Windows) or under torchrun;
+    Stopped when a signal came to a fork alone, ForkError when one failed; what `work` raises here otherwise.
     """
     if count == 1:
         return work()
@@ -112,9 +124,7 @@ def together(count: int, work: Callable[[], T]) -> T:
         raise ValueError("several processes share their views by fork, which this system lacks; use torchrun")
     if "RANK" in os.environ:
         raise ValueError("torchrun starts the processes here: do not ask for more")
-    if torch.cuda.is_available():
-        raise ValueError("several processes on one machine are for CPUs; use torchrun with one process for each GPU")
-    with tempfile.TemporaryDirectory() as folder, _shared_cores(count), Forked() as forked:
+    with tempfile.TemporaryDirectory() as folder, _one_thread(), Forked() as forked:
         meeting = Path(folder) / "meeting"
 
         runs = {rank: Path(folder) / f"runs-{rank}" for rank in range(1, count)}
@@ -134,19 +144,29 @@ def together(count: int, work: Callable[[], T]) -> T:
         except RuntimeError as error:
             lost = isinstance(error, distributed.DistError) or "gloo" in str(error)
             # when another process dies, this one hears of a closed connection: its reason says more
-            if lost and (failures := forked.join(LAST_WORDS_S)):
-                raise ForkError("; ".join(failures)) from error
+            if lost:
+                _fail_with(forked, LAST_WORDS_S)
             raise
-        if failures := forked.join():
-            raise ForkError("; ".join(failures))
+        _fail_with(forked, None)
         return result
 
 
+def _fail_with(forked: Forked, seconds: float | None) -> None:
+    """Wait for the forks (so long at most); raise what made one end, if anything did."""
+    failures = forked.join(seconds)
+    if forked.interrupted:
+        raise Stopped(
+            "another process of the training was interrupted; the last checkpoint is kept, go on with --resume"
+        )
+    if failures:
+        raise ForkError("; ".join(failures))
+
+
 @contextmanager
-def _shared_cores(count: int) -> Iterator[None]:
-    """Let each of so many processes use its share of the cores."""
+def _one_thread() -> Iterator[None]:
+    """Use one thread inside."""
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, min(before, len(os.sched_getaffinity(0)) // count)))
+    torch.set_num_threads(1)
     try:
         yield
     finally:
@@ -178,7 +198,7 @@ def _run(work: Callable[[], None], said: Path, parent: int) -> None:
     try:
         work()
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Exception as error:  # every reason is said by the parent
         logger.debug("%s:\n%s", said, traceback.format_exc())
         said.write_text(f"{type(error).__name__}: {error}\n", encoding="utf-8")

@@ -330,7 +330,7 @@ class _Chain:
         own = sum(closing_s(rates, plan.images["calibrate"], 0).values())  # it exports and calibrates by itself
         free = self.left_s() - evaluating - own
         # half of it for reading the bags and asking the teachers what they see
-        steps = self.state.decide("adapt.steps", lambda: steps_within(0.5 * free, rates, ASKING))
+        steps = self.state.decide("adapt.steps", lambda: steps_within(0.5 * free, rates.alone(), ASKING))
 
         def work() -> dict[str, Any]:
             left = self._tracked("adapt", evaluating + own)

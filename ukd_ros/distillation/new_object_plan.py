@@ -69,6 +69,10 @@ class Rates:
         """Return how many times slower than an idle core this machine is at what is not timed."""
         return max(1.0, (self.core_step_s or self.step_s) / STEP_OF_AN_IDLE_CORE_S)
 
+    def alone(self) -> Rates:
+        """Return the rates with steps on one core for the student's."""
+        return replace(self, step_s=self.core_step_s or self.step_s)
+
     def teaching(self) -> Rates:
         """Return the rates with the teachers' steps for the student's."""
         return replace(self, step_s=self.teach_step_s or self.step_s)

@@ -33,7 +33,7 @@ from ukd_ros.distillation.from_bags_request import FromBagsConfig
 from ukd_ros.distillation.new_object_part import symmetries_of
 from ukd_ros.distillation.new_object_plan import STARVED, TICKS, Pace, Rates
 from ukd_ros.distillation.new_object_request import NewObjectConfig
-from ukd_ros.distillation.new_object_trial import Trial, logged_steps_s
+from ukd_ros.distillation.new_object_trial import Trial, cores, logged_steps_s
 from ukd_ros.distillation.train import TrainConfig, open_folders, train_on_folders
 
 logger = logging.getLogger(__name__)
@@ -216,15 +216,15 @@ class RealStages:
         train_ensemble(config, count, data, models, out, resume=True, time_budget_s=left_s(), progress=self._progress)
         return [_trained(member_folder(out, config.seed + i), config, None) for i in range(count)]
 
-    def _beside_teachers(self, steps: int, initial: Path) -> DistillConfig:
+    def _beside_teachers(self, steps: int, initial: Path, threads: int) -> DistillConfig:
         """Return how the student learns beside teachers, who are asked about every third window once."""
         plain = {item.name: getattr(self.training, item.name) for item in fields(TrainConfig)}
-        plain |= {"steps": steps, "initial": str(initial), "threads": 1 if self.processes > 1 else 0}
+        plain |= {"steps": steps, "initial": str(initial), "threads": threads}
         return DistillConfig(**plain, guide=self.config.guide, windows=max(1, steps * self.training.batch_size // 3))
 
     def distil(self, steps: int, left_s: Callable[[], float], reserve_s: float, teachers: Sequence[Path]) -> Trained:
         """See `Stages`; the teachers are asked about every third window once."""
-        config = self._beside_teachers(steps, teachers[0])
+        config = self._beside_teachers(steps, teachers[0], 1 if self.processes > 1 else cores())
         folder = self.work / "student"
         with self._paced(left_s, reserve_s) as pace:
             distill_on_folders(
@@ -240,7 +240,7 @@ class RealStages:
         from ukd_ros.distillation.from_bags import distill_from_bags  # reads bags: needs rosbags
 
         distil = replace(
-            self._beside_teachers(steps, initial), unlabelled_share=FromBagsConfig().distill.unlabelled_share
+            self._beside_teachers(steps, initial, cores()), unlabelled_share=FromBagsConfig().distill.unlabelled_share
         )
 
         def watch(progress: Progress) -> None:

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 PROBE_IMAGES = 4 * CHUNK
 PROBE_STEPS = 6
+SLOWER = "slower than one thread of one process"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ class Trial:
         for threads, processes in sharings(self.training, teachers > 0):
             try:
                 timed = self._time_steps(threads, processes, limit_s=min(PROBE_STEPS * rates.step_s, self.left_s()))
-            except Stopped:  # threads that wait for cores in use by others are slower than one
+            except Stopped as stop:  # threads that wait for cores in use by others are slower than one
+                if SLOWER not in str(stop):  # somebody asked for it
+                    raise
                 continue
             except ForkError as error:
                 logger.warning("the training stays in one process: %s", error)
@@ -96,7 +99,7 @@ class Trial:
             if progress.stage == "training":
                 ticks.append(self.now())
                 if ticks[-1] - ticks[0] > limit_s:
-                    raise Stopped("slower than with fewer threads")
+                    raise Stopped(SLOWER)
 
         with self._run() as (folder, config), listening(watch):
             start = self.now()
@@ -127,18 +130,25 @@ class Trial:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def sharings(config: TrainConfig, ensemble: bool) -> list[tuple[int, int]]:
     """Return the threads and processes of a student's training that are worth trying besides one of each.
 
-    Processes run on one thread each. Many threads are tried last, and not where an `ensemble` follows, whose members
-    may use several: a fork cannot use several threads once this process has.
+    Processes run on one thread each. Many threads are tried last: a fork cannot use several once this process has. So
+    where an `ensemble` follows, whose members may, none are tried, and processes only where they take all cores.
     """
-    cores = len(os.sched_getaffinity(0))
+    count = cores()
     parts = config.batch_size // config.micro_batch
     alone = train_device(config, Processes()).type == "cuda" or not CAN_FORK or "RANK" in os.environ
-    shares = 1 if alone else max(count for count in range(1, min(cores, parts) + 1) if parts % count == 0)
+    shares = 1 if alone else max(n for n in range(1, min(count, parts) + 1) if parts % n == 0)
     tried = [(1, shares)] if shares > 1 else []
-    return tried + ([(cores, 1)] if cores > shares and not ensemble else [])
+    if ensemble:
+        return tried if count == shares else []
+    return tried + ([(count, 1)] if count > shares else [])
 
 
 def logged_steps_s(folder: Path, config: TrainConfig) -> list[float]:

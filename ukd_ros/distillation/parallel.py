@@ -27,7 +27,7 @@ class Processes:
 
         gloo carries what is on CPUs, nccl what is on CUDA.
         """
-        if distributed.is_initialized():
+        if distributed.is_available() and distributed.is_initialized():
             return Processes(distributed.get_rank(), distributed.get_world_size())
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return Processes()

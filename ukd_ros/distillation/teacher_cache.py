@@ -119,7 +119,7 @@ def open_cache(
 ) -> TeacherCache:
     """Return the guidance of the first `count` windows; what is missing is asked of the ensemble and written.
 
-    Under torchrun every process makes its share of the shards and waits for the others'. CacheError when the folder
+    Several processes make a share of the shards each, and wait for the others'. CacheError when the folder
     holds that of another ensemble, other windows or other settings.
     """
     processes = processes or Processes()
@@ -137,15 +137,16 @@ def open_cache(
     features = _claim(folder, mine)
     shards = range((count + SHARD - 1) // SHARD)
     missing = [s for s in shards if not _shard_file(folder, s, count).is_file()]
+    own = [s for s in missing if s % processes.count == processes.rank]
     bar = Bar(
-        total=sum(_windows(s, count) for s in missing),
+        total=sum(_windows(s, count) for s in own),
         desc="asking the teachers",
         unit="window",
         disable=not progress or processes.rank > 0,
     )
-    for shard in missing:
+    for shard in own:
         # another program may have made it meanwhile
-        if shard % processes.count == processes.rank and not _shard_file(folder, shard, count).is_file():
+        if not _shard_file(folder, shard, count).is_file():
             _make(folder, shard, count, ensemble, data, positives, votes, features, bar)
     bar.close()
     processes.any(False)  # all shares are done

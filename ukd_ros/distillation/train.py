@@ -290,7 +290,7 @@ def train_on_folders(
     `processes` share out every batch and one copy of the views, and take the steps of one (`forked`).
     BopError or ValueError as `open_folders`; ValueError or ForkError as `together`.
     """
-    check_share(config, processes)
+    check_forks(config, processes)
     data, models, checked = open_folders(config, datasets, objects=objects, held_out=held_out, progress=progress)
 
     def work() -> TrainResult:
@@ -470,6 +470,19 @@ def check_share(config: TrainConfig, processes: int) -> None:
         )
 
 
+def check_forks(config: TrainConfig, processes: int) -> None:
+    """Refuse what forks of one process cannot do, before anything is decoded; ValueError."""
+    if processes == 1:
+        return
+    check_share(config, processes)
+    if config.threads > 1:
+        raise ValueError(f"train.threads: {processes} processes run on one thread each, not on {config.threads}")
+    if train_device(config, Processes()).type == "cuda":
+        raise ValueError(
+            "several processes forked off one are for CPUs: use torchrun, one process for each GPU, or --set device=cpu"
+        )
+
+
 def _optimizer(network: KeypointNetwork, config: TrainConfig, extra: nn.Module | None = None) -> Together:
     """AdamW, or Muon for the hidden convolutions and AdamW for all else; biases and norms are not decayed.
 
@@ -523,6 +536,7 @@ def _restore(
     """Load a checkpoint into the parts; ValueError naming the first setting that differs."""
     content = load_checkpoint(path)
     mine, theirs = _plain(asdict(config)), {"optimizer": "adamw", "pose_weight": 0.0, **_plain(content.config)}
+    theirs.get("guide", {}).get("align", {}).setdefault("covariance", "entropy")
     free = {"device", "threads", "checkpoint_every", "keep_every", "log_every", "validate_every", "validate_windows"}
     for key in sorted(set(mine) | set(theirs)):
         if key not in free and mine.get(key) != theirs.get(key):
