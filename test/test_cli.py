@@ -75,6 +75,11 @@ def test_the_shipped_settings_are_settings(repo_root: Path, capsys: pytest.Captu
             ["render", "--mesh", "a", "--mesh", "b", "--name", "x", "--out", "o", "--count", "1"],
             "--name is given 1 times for 2 meshes",
         ),
+        (
+            "render --mesh a.ply --mesh b.ply --symmetry z:180 --out o --count 1".split(),
+            "--symmetry z:180: write NAME=z:180 with NAME one of a, b",
+        ),
+        ("render --mesh demo --symmetry z:45 --out o --count 1".split(), "symmetry 'z:45': write an axis"),
         (["train", "--set", "stps=3"], "--set stps: is not a setting; did you mean 'steps'?"),
         (["train", "--set", "steps=0"], "must be at least 1"),
         (["train", "--dataset", "nowhere", "--out", "o"], "nowhere"),

@@ -83,6 +83,8 @@ def _add_render(commands: Any) -> None:
     add("--unit", action="append", default=[], choices=("mm", "cm", "m"), help="unit of the mesh files")
     add("--name", action="append", default=[], help="the part's name, once per mesh (default: the file's)")
     add("--id", action="append", default=[], type=_positive, help="the part's BOP object id, once per mesh")
+    words = "a turn that nobody can tell: z:180 (that one), z (any about z); with several meshes NAME=z:180"
+    add("--symmetry", action="append", default=[], metavar="[NAME=]z:180", help=words)
     add("--distractor", action="append", default=[], metavar="FILE", help="mesh of something else to put around")
     add("--distractor-unit", action="append", default=[], choices=("mm", "cm", "m"), help="unit of the distractors")
     add("--out", type=Path, metavar="DIR", help="the data set's folder; an interrupted one is continued")

@@ -10,6 +10,7 @@ import argparse
 import runpy
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,8 @@ def render(options: argparse.Namespace) -> int:
         MeshSource(mesh, None if mesh == DEMO else unit, name or "", number or 0)
         for mesh, unit, name, number in zip(options.mesh, units, names, ids, strict=True)
     ]
+    declared = _declared_symmetries(options.symmetry, [target.label() for target in targets])
+    targets = [replace(target, symmetry=declared[target.label()]) for target in targets]
     distractor_units = _one_each("distractor-unit", options.distractor_unit, len(options.distractor))
     distractors = [MeshSource(mesh, unit) for mesh, unit in zip(options.distractor, distractor_units, strict=True)]
     out = render_dataset(
@@ -391,6 +394,19 @@ def _one_each(option: str, given: Sequence[Any], count: int, share: bool = True)
     if share and len(given) == 1:
         return list(given) * count
     raise UsageError(f"--{option} is given {len(given)} times for {count} meshes; give it once per mesh")
+
+
+def _declared_symmetries(words: Sequence[str], names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Return the words of --symmetry by the name of the part that each is about."""
+    declared: dict[str, list[str]] = {name: [] for name in names}
+    for word in words:
+        name, named, turn = word.rpartition("=")
+        if not named and len(names) == 1:
+            name = names[0]
+        if name not in declared:
+            raise UsageError(f"--symmetry {word}: write NAME={turn} with NAME one of {', '.join(names)}")
+        declared[name].append(turn)
+    return {name: tuple(turns) for name, turns in declared.items()}
 
 
 def _needs(options: argparse.Namespace, *names: str) -> None:

@@ -317,7 +317,23 @@ def test_a_data_set_is_the_same_for_any_number_of_workers_and_resumes(
     assert whole == contents(two)
 
 
+@pytest.mark.slow
+def test_declared_symmetries_are_the_data_sets(tmp_path: Path) -> None:
+    target = [MeshSource("demo", symmetry=("z:180", "x"))]
+    out = render_dataset(SMALL, target, tmp_path / "alike", 1, workers=1, progress=False)
+    read = BopDataset(out).symmetries(1)
+    middle = 0.5 * (demo_mesh().vertices.min(axis=0) + demo_mesh().vertices.max(axis=0))
+    assert len(read.discrete) == len(read.continuous) == 1
+    np.testing.assert_allclose(read.discrete[0].transform(middle[None])[0], middle, atol=1e-9)
+    render_dataset(SMALL, target, out, 1, workers=1, progress=False)  # the same job is known again
+    with pytest.raises(RenderError, match=r"render\.yaml.*symmetry"):
+        render_dataset(SMALL, DEMO, out, 1, workers=1, progress=False)
+
+
 def test_wrong_jobs_are_refused_before_anything_is_rendered(tmp_path: Path) -> None:
+    with pytest.raises(RenderError, match="spray_bottle: symmetry 'z:45'"):
+        render_dataset(SMALL, [MeshSource("demo", symmetry=("z:45",))], tmp_path / "a", 1)
+    assert not (tmp_path / "a").exists()
     with pytest.raises(RenderError, match="count"):
         render_dataset(SMALL, DEMO, tmp_path / "a", 0)
     with pytest.raises(RenderError, match="at least one mesh"):

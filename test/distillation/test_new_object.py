@@ -24,7 +24,7 @@ from ukd_ros.data.renderer import RendererError
 from ukd_ros.data.rosbag.options import BagOptions
 from ukd_ros.distillation import new_object as chain_module
 from ukd_ros.distillation.new_object import NewObjectResult, new_object
-from ukd_ros.distillation.new_object_part import PartFacts, inspect_part, symmetries_of
+from ukd_ros.distillation.new_object_part import PartFacts, inspect_part
 from ukd_ros.distillation.new_object_plan import LEAST, Pace, Rates, closing_s, make_plan, steps_within
 from ukd_ros.distillation.new_object_report import Story, advice, verdict
 from ukd_ros.distillation.new_object_request import NewObjectConfig, NewObjectError, NewObjectRequest
@@ -529,18 +529,6 @@ def test_what_a_mesh_says_is_told_before_the_work(tmp_path: Path, caplog: pytest
         run(NewObjectConfig(), request, FakeStages(fails="calibrate"))
     start = caplog.text[: caplog.text.index("plan:")]
     assert "12.3 cm across" in start and "(holes" in start
-
-
-def test_declared_symmetries_are_motions_about_the_middle_of_the_part() -> None:
-    mesh = MeshSource(DEMO).load()
-    middle = 0.5 * (mesh.vertices.min(axis=0) + mesh.vertices.max(axis=0))
-    quarter = symmetries_of(["z:90"], mesh)
-    assert len(quarter.discrete) == 3
-    for pose in quarter.discrete:
-        np.testing.assert_allclose(pose.transform(middle[None])[0], middle, atol=1e-12)
-    assert symmetries_of(["x"], mesh).continuous[0][0].tolist() == [1.0, 0.0, 0.0]
-    with pytest.raises(ValueError, match="z:45"):
-        symmetries_of(["z:45"], mesh)
 
 
 # ---- the report --------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from ukd_ros.data.scene_renderer import SceneRenderer
 from ukd_ros.data.scenes import RenderedScene, SceneConfig
 from ukd_ros.data.sensor import jpeg_bytes
 from ukd_ros.data.whole_files import write_bytes
+from ukd_ros.geometry.declared_symmetry import symmetries_of
 from ukd_ros.geometry.object_model import Mesh
 
 logger = logging.getLogger(__name__)
@@ -47,13 +48,15 @@ class RenderError(RuntimeError):
 class MeshSource:
     """Where a mesh comes from: a file and its unit, or path "demo" for the demo object.
 
-    `name` and `object_id` matter for targets only; an empty name becomes the file's stem.
+    `name`, `object_id` and `symmetry` (turns that nobody can tell, see `symmetries_of`) matter for targets only; an
+    empty name becomes the file's stem.
     """
 
     path: str
     unit: str | None = None
     name: str = ""
     object_id: int = 0
+    symmetry: tuple[str, ...] = ()
 
     def load(self) -> Mesh:
         """Return the mesh in metres."""
@@ -121,19 +124,25 @@ def _numbered(targets: list[MeshSource]) -> list[MeshSource]:
             raise RenderError(f"targets: object id {key} or name {name!r} is given twice.")
         used.add(key)
         names.add(name)
-        out.append(MeshSource(source.path, source.unit, name, key))
+        out.append(replace(source, name=name, object_id=key))
     return out
 
 
 def _description(config: SceneConfig, targets: list[MeshSource], others: list[MeshSource], seed: int) -> dict[str, Any]:
-    """Everything that decides the pixels, in plain types."""
+    """Everything that decides the pixels and the models, in plain types."""
     return {
         "renderer": RENDERER,
         "seed": seed,
-        "targets": [asdict(t) for t in targets],
+        "targets": [_plain(t) for t in targets],
         "distractors": [{"path": d.path, "unit": d.unit} for d in others],
         "scene": to_mapping(config),
     }
+
+
+def _plain(target: MeshSource) -> dict[str, Any]:
+    plain = asdict(target)
+    declared = list(plain.pop("symmetry"))
+    return plain | ({"symmetry": declared} if declared else {})  # folders from before there was any are resumed
 
 
 def _first_look(out: Path, targets: list[MeshSource], others: list[MeshSource]) -> list[Mesh]:
@@ -142,7 +151,13 @@ def _first_look(out: Path, targets: list[MeshSource], others: list[MeshSource]) 
         return []
     for source in others:
         source.load()
-    return [source.load() for source in targets]
+    meshes = [source.load() for source in targets]
+    for source, mesh in zip(targets, meshes, strict=True):
+        try:
+            symmetries_of(source.symmetry, mesh)
+        except ValueError as error:
+            raise RenderError(f"{source.label()}: {error}") from error
+    return meshes
 
 
 def _claim(out: Path, description: dict[str, Any]) -> None:
@@ -187,7 +202,7 @@ def _write_models(out: Path, targets: list[MeshSource], meshes: list[Mesh], conf
     infos = {}
     for source, mesh in zip(targets, meshes, strict=True):
         write_ply(folder / f"obj_{source.object_id:06d}.ply", mesh, "mm")
-        infos[str(source.object_id)] = model_info(source.label(), mesh)
+        infos[str(source.object_id)] = model_info(source.label(), mesh, symmetries_of(source.symmetry, mesh))
     f = config.width / 2 / np.tan(np.radians(np.mean(config.fov_deg)) / 2)
     K = config.camera_matrix or (f, 0, (config.width - 1) / 2, 0, f, (config.height - 1) / 2, 0, 0, 1)
     camera = {"cx": K[2], "cy": K[5], "depth_scale": 1.0, "fx": K[0], "fy": K[4],

@@ -20,7 +20,7 @@ from typing import Any
 
 from ukd_ros.config import to_mapping
 from ukd_ros.data.progress import Progress, Stopped
-from ukd_ros.distillation.new_object_part import PartFacts, inspect_part, symmetries_of
+from ukd_ros.distillation.new_object_part import PartFacts, inspect_part
 from ukd_ros.distillation.new_object_plan import (
     ASKING,
     LAST_CYCLE,
@@ -46,6 +46,7 @@ from ukd_ros.distillation.new_object_request import (
 from ukd_ros.distillation.new_object_stages import RealStages, Stages, Trained
 from ukd_ros.distillation.new_object_state import WorkState, locked
 from ukd_ros.distillation.train import learning_rate
+from ukd_ros.geometry.declared_symmetry import symmetries_of
 from ukd_ros.perception.bundle import load_bundle, save_bundle
 
 logger = logging.getLogger(__name__)

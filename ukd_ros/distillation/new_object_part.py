@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +16,9 @@ from scipy.spatial import cKDTree
 from ukd_ros.data.meshes import MeshError
 from ukd_ros.data.render_dataset import DEMO, MeshSource
 from ukd_ros.geometry.arrays import FloatArray
-from ukd_ros.geometry.object_model import Mesh, Symmetries, diameter_of
-from ukd_ros.geometry.pose import Pose, exp_so3
+from ukd_ros.geometry.declared_symmetry import AXES, turn_about
+from ukd_ros.geometry.object_model import Mesh, diameter_of
 
-AXES = {"x": 0, "y": 1, "z": 2}
-SYMMETRY = re.compile(r"([xyz])(?::(180|120|90|60))?")
 SAME_SHAPE = 0.01
 """A turn that moves the surface by less than this fraction of the diameter is one that a camera can hardly tell."""
 
@@ -87,35 +84,6 @@ def inspect_part(source: MeshSource, keypoints: int) -> PartFacts:
     )
 
 
-def symmetries_of(words: Sequence[str], mesh: Mesh) -> Symmetries:
-    """Return the symmetries that were declared: z (any turn about the axis) or z:180 (that turn and its multiples).
-
-    Axes go through the middle of the part's bounding box. ValueError for another word.
-    """
-    middle = 0.5 * (mesh.vertices.min(axis=0) + mesh.vertices.max(axis=0))
-    discrete: list[Pose] = []
-    continuous: list[tuple[FloatArray, FloatArray]] = []
-    for word in words:
-        match = SYMMETRY.fullmatch(word)
-        if match is None:
-            raise ValueError(
-                f"symmetry {word!r}: write an axis (z), or an axis and an angle (z:180, z:120, z:90, z:60)"
-            )
-        axis = np.eye(3)[AXES[match[1]]]
-        if match[2] is None:
-            continuous.append((axis, middle))
-        else:
-            step = int(match[2])
-            discrete += [_turn(axis, angle, middle) for angle in range(step, 360, step)]
-    return Symmetries(tuple(discrete), tuple(continuous))
-
-
-def _turn(axis: FloatArray, degrees: float, middle: FloatArray) -> Pose:
-    """Return the motion that turns about an axis through a point."""
-    R = exp_so3(axis * np.radians(degrees))
-    return Pose(R, middle - R @ middle)
-
-
 def _coloured(mesh: Mesh) -> bool:
     """Return whether the mesh has more than one colour."""
     seen: npt.NDArray[np.uint8] | None = mesh.texture if mesh.texture is not None else mesh.colors
@@ -155,7 +123,7 @@ def _alike(mesh: Mesh) -> tuple[str, ...]:
     limit = float(np.quantile(tree.query(points)[0], 0.98)) + SAME_SHAPE * diameter_of(mesh.vertices)
 
     def same(axis: FloatArray, degrees: float) -> bool:
-        away = tree.query(_turn(axis, degrees, middle).transform(points))[0]
+        away = tree.query(turn_about(axis, degrees, middle).transform(points))[0]
         return float(np.quantile(away, 0.98)) < limit
 
     found = []

@@ -49,7 +49,7 @@ class NewObjectRequest:
 def scenes_for_a_part() -> SceneConfig:
     """Return the scenes of an unknown part: upright on a table or held up, the views that a robot's camera has of it.
 
-    Views over all rotations cost ten times the accuracy in the same time (docs/results.md), so they are asked for
+    Views over all rotations are many more to learn in the same time, so they are asked for
     (`--set scene.view=uniform`). Collages and crowds make a student that also works on photographs.
     """
     return SceneConfig(
@@ -60,7 +60,7 @@ def scenes_for_a_part() -> SceneConfig:
 
 
 def training_of_a_part() -> TrainConfig:
-    """Return how a part is learned: on the demo student's layers, which saves the first 100,000 windows."""
+    """Return how a part is learned: on the demo student's layers, a head start (docs/results.md)."""
     return TrainConfig(
         initial="spray_bottle", micro_batch=16, warmup=0.05, positives=24, checkpoint_every=100, validate_every=0,
         window=WindowConfig(rotation_deg=10.0, zoom_fraction=0.7, augment=AugmentConfig(cover_probability=0.2)),

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -22,7 +21,6 @@ from ukd_ros.data.preview import write_contact_sheet
 from ukd_ros.data.progress import Progress, Stopped, listening
 from ukd_ros.data.render_dataset import CHUNK, MeshSource, render_dataset
 from ukd_ros.data.scenes import SceneConfig
-from ukd_ros.data.whole_files import write_bytes
 from ukd_ros.distillation.calibrate import UNGATED, CalibrationOptions, calibrate_model
 from ukd_ros.distillation.checkpoint import load_checkpoint
 from ukd_ros.distillation.distill import DistillConfig, distill_on_folders
@@ -30,7 +28,6 @@ from ukd_ros.distillation.ensemble import member_folder, train_ensemble
 from ukd_ros.distillation.evaluate import evaluate_model
 from ukd_ros.distillation.export import export_checkpoint, trained_options
 from ukd_ros.distillation.from_bags_request import FromBagsConfig
-from ukd_ros.distillation.new_object_part import symmetries_of
 from ukd_ros.distillation.new_object_plan import STARVED, TICKS, Pace, Rates
 from ukd_ros.distillation.new_object_request import NewObjectConfig
 from ukd_ros.distillation.new_object_trial import Trial, cores, logged_steps_s
@@ -160,14 +157,8 @@ class RealStages:
     def _render(self, kind: str, count: int) -> None:
         out = self.folder(kind)
         seed = self.config.seed + SEEDS_APART * KINDS.index(kind)
-        render_dataset(self.scene, [self.source], out, count, seed, progress=self._progress)
-        info = out / "models" / "models_info.json"
-        symmetries = symmetries_of(self.config.symmetry, self.source.load()) if self.config.symmetry else None
-        if symmetries:  # as BOP states them; training, calibration and evaluation read them there
-            content = json.loads(info.read_text(encoding="utf-8"))
-            for entry in content.values():
-                entry.update(symmetries.to_bop())
-            write_bytes(info, json.dumps(content, indent=2).encode())
+        source = replace(self.source, symmetry=self.config.symmetry)
+        render_dataset(self.scene, [source], out, count, seed, progress=self._progress)
         if kind == "train":
             write_contact_sheet(out, self.work / "renders.jpg", n=12, columns=4, width=320)
 
