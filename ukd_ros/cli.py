@@ -18,6 +18,7 @@ from ukd_ros.commands import (
     bag,
     bench,
     calibrate,
+    compare,
     demo,
     distill,
     evaluate,
@@ -53,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_calibrate(commands)
     _add_evaluate(commands)
+    _add_compare(commands)
     _add_infer(commands)
     _add_bag(commands)
     _add_new_object(commands)
@@ -161,6 +163,15 @@ def _add_evaluate(commands: Any) -> None:
     add("--limit", type=_positive, metavar="N", help="at most so many images, evenly spread")
     add("--crops", choices=("estimator", "oracle"), help="crops as on the robot (default), or from the truth")
     add("--out", type=Path, metavar="DIR", help="write report.txt, report.json and pictures here")
+
+
+def _add_compare(commands: Any) -> None:
+    words = "say whether one model is better than another on the same images, with an interval"
+    parser = _command(commands, "compare", compare, words)
+    parser.add_argument(
+        "before", nargs="?", type=Path, metavar="BEFORE", help="report.json of ukd evaluate, or its folder"
+    )
+    parser.add_argument("after", nargs="?", type=Path, metavar="AFTER", help="the other model's, on the same targets")
 
 
 def _add_names(parser: argparse.ArgumentParser) -> None:

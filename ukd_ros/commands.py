@@ -233,6 +233,19 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
+def compare(options: argparse.Namespace) -> int:
+    """Compare two reports of evaluate, target by target."""
+    from ukd_ros.distillation.paired import CompareConfig, compare_reports
+
+    config = load_config(CompareConfig, options.config, options.set)
+    if options.settings:
+        return _show(config)
+    if options.before is None or options.after is None:
+        raise UsageError("two reports must be given, BEFORE and AFTER; see ukd compare --help")
+    print(compare_reports(options.before, options.after, config).table())
+    return 0
+
+
 def infer(options: argparse.Namespace) -> int:
     """Estimate the poses in photographs."""
     from dataclasses import replace

@@ -36,7 +36,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> ExportReport:
     folder = tmp_path_factory.mktemp("export")
     network = lively_network()
     config = {"steps": 9, "window": {"size": 64, "locate_width": 96, "zoom_fill": 0.625}}
-    save_checkpoint(folder / "checkpoint.pt", Checkpoint(network, {}, 7, config, objects(1, 5)))
+    save_checkpoint(folder / "checkpoint.pt", Checkpoint(network, {}, 7, config, objects(1, 5), taught="c0ffee" * 9))
     options = replace(trained_options(config), weights="float32")
     return export_checkpoint(folder / "checkpoint.pt", folder / "part", options, {"data": "noise"})
 
@@ -86,7 +86,7 @@ def test_weights_are_stored_once_per_graph(report: ExportReport) -> None:
 
 def test_provenance_says_where_it_comes_from(report: ExportReport) -> None:
     provenance = load_bundle(report.bundle.root).provenance
-    assert provenance["data"] == "noise" and provenance["teacher"] == "none"
+    assert provenance["data"] == "noise" and "an ensemble (identity c0ffeec0ffee)" in provenance["teacher"]
     assert provenance["training"]["steps_done"] == 7
     assert provenance["date"][:2] == "20" and provenance["commit"]
     assert not Path(provenance["command"].split()[0]).is_absolute()

@@ -148,7 +148,10 @@ def export_checkpoint(
     content = load_checkpoint(Path(checkpoint))
     options = options or trained_options(content.config)
     training = {"steps_done": content.step, **content.config}
-    return export_model(content.network, content.models, out_dir, options, {"training": training, **(provenance or {})})
+    # the identity of teachers and windows; what they told the student stands in training.guide
+    taught = {"teacher": f"an ensemble (identity {content.taught[:12]})"} if content.taught else {}
+    told = {"training": training, **taught, **(provenance or {})}
+    return export_model(content.network, content.models, out_dir, options, told)
 
 
 def export_model(
