@@ -36,9 +36,9 @@ class DistillConfig(TrainConfig):
 
     `guide`: the losses. `windows`: how many different windows there are; the run goes over them again and again, and
     the teachers are asked about each once (0: as many as the run sees). `window_seed`: which windows these are,
-    whatever the student's `seed`, so that students of several seeds share one cache. `unlabelled_share`: share of
-    windows cut from views without labels, where there are any. `single_teacher`: learn from one network alone, which
-    cannot say where it is unsure.
+    whatever the student's `seed`, so that students of several seeds share one cache; a student that begins with all the
+    weights of an earlier run differs by this alone. `unlabelled_share`: share of windows cut from views without labels,
+    where there are any. `single_teacher`: learn from one network alone, which cannot say where it is unsure.
     """
 
     guide: GuideOptions = field(default_factory=GuideOptions)
