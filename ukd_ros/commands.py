@@ -248,8 +248,6 @@ def compare(options: argparse.Namespace) -> int:
 
 def infer(options: argparse.Namespace) -> int:
     """Estimate the poses in photographs."""
-    from dataclasses import replace
-
     from ukd_ros.perception.bundle import find_model, load_bundle
     from ukd_ros.perception.estimator import EstimatorOptions, PoseEstimator
     from ukd_ros.perception.photograph import infer_photograph, read_view

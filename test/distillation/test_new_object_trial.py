@@ -16,7 +16,7 @@ from ukd_ros.distillation import new_object_trial
 from ukd_ros.distillation.forked import ForkError
 from ukd_ros.distillation.new_object_plan import STEP_OF_AN_IDLE_CORE_S, Rates, steps_within
 from ukd_ros.distillation.new_object_request import training_of_a_part
-from ukd_ros.distillation.new_object_trial import Trial, sharings
+from ukd_ros.distillation.new_object_trial import PROBE_IMAGES, PROBE_STEPS, Trial, sharings
 from ukd_ros.distillation.train import TrainConfig
 
 CONFIG = TrainConfig(batch_size=32, micro_batch=16, device="cpu")
@@ -127,6 +127,7 @@ def test_what_is_tried_follows_cores_and_batch(monkeypatch: pytest.MonkeyPatch) 
 def test_teachers_are_planned_by_their_own_steps() -> None:
     rates = Rates(3.0, 0.1, 2.0, 0.2, 1, 2, teach_step_s=0.5)
     assert steps_within(400.0, rates) > 2 * steps_within(400.0, rates.teaching())
+    assert PROBE_IMAGES >= 4 and PROBE_STEPS >= 4
     assert steps_within(400.0, rates.alone()) == steps_within(400.0, rates)  # one core was not timed
     assert steps_within(400.0, replace(rates, core_step_s=0.4).alone()) < 0.6 * steps_within(400.0, rates)
 

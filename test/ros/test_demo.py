@@ -187,6 +187,6 @@ def test_the_real_node_answers_the_sample_bag(short_bag: Path, tmp_path: Path) -
     assert numbers["median_translation_diameters"] < 0.1
     assert len(list(out.glob("overlay_*.png"))) == 8 and (out / "summary.png").stat().st_size > 10_000
     with BagReader(out / "bag") as bag:
-        assert bag.counts["/pose_node/keypoints"] >= 27 and bag.counts["/camera/image/compressed"] >= 29
+        assert bag.counts["/pose_node/keypoints"] >= 29 and bag.counts["/camera/image/compressed"] >= 29
     assert len(bag_truth(out / "bag")["spray_bottle"]) >= 29
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []

@@ -226,9 +226,8 @@ def _steps_by_kernel(
     both = has_a.any(0) & has_b.any(0)  # a problem with an empty side has no potential
     F, G = f / epsilon, g / epsilon
     exponent = (F[:, None] + G[None] - C / epsilon).clamp(_SMALLEST_EXPONENT, _LARGEST_EXPONENT)
-    kernel = torch.exp(
-        exponent.masked_fill(~(has_a[:, None] & has_b[None]), 0.0)
-    )  # what pads weighs nothing: stay near 1
+    padding = ~(has_a[:, None] & has_b[None])  # it weighs nothing; its scalings are kept near 1
+    kernel = torch.exp(exponent.masked_fill(padding, 0.0))
     tiny = torch.finfo(a.dtype).tiny
     to_u, to_v = kernel * b[None], kernel * a[:, None]
     aim_u, aim_v = (damping - 1.0) * F, (damping - 1.0) * G
