@@ -159,11 +159,12 @@ class Bench:
 
     def _train(self, config: Any, row: Row, folder: Path) -> Path:
         """Train one student and return its checkpoint."""
+        from ukd_ros.distillation.device import train_device
         from ukd_ros.distillation.distill import Repeated, distill
         from ukd_ros.distillation.parallel import Processes
         from ukd_ros.distillation.teacher import Ensemble, member_files
         from ukd_ros.distillation.teacher_cache import open_cache
-        from ukd_ros.distillation.train import train, train_device
+        from ukd_ros.distillation.train import train
 
         data, models = self.open(config)
         if row.plain:

@@ -192,6 +192,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(data: WindowDa
         ("micro_batch", 3, "micro_batch"),
         ("device", "tpu", "device"),
         ("optimizer", "sgd", "optimizer"),
+        ("precision", "float8", "precision"),
         ("warmup", 1.5, "warmup"),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from ukd_ros.data.dataset import MixedWindows, TrainingSample, WindowDataset, Windows
+from ukd_ros.distillation.device import check_forks, train_device
 from ukd_ros.distillation.forked import together
 from ukd_ros.distillation.guidance import Guidance
 from ukd_ros.distillation.guide import Guide, GuideOptions
@@ -19,12 +20,10 @@ from ukd_ros.distillation.teacher_cache import open_cache
 from ukd_ros.distillation.train import (
     TrainConfig,
     TrainResult,
-    check_forks,
     new_network,
     object_models,
     open_folders,
     train,
-    train_device,
 )
 from ukd_ros.distillation.unlabelled import open_unlabelled
 from ukd_ros.geometry.object_model import ObjectModel

@@ -28,6 +28,7 @@ from ukd_ros.data.whole_files import write_bytes
 from ukd_ros.distillation.bag_calibration import calibrate_student
 from ukd_ros.distillation.calibrate import CalibrationOptions, calibrate
 from ukd_ros.distillation.checkpoint import load_checkpoint
+from ukd_ros.distillation.device import train_device
 from ukd_ros.distillation.distill import distill
 from ukd_ros.distillation.ensemble_estimator import ensemble_estimator, window_sizes
 from ukd_ros.distillation.export import export_checkpoint, trained_options
@@ -46,7 +47,7 @@ from ukd_ros.distillation.neighbours import agreeing
 from ukd_ros.distillation.parallel import Processes
 from ukd_ros.distillation.pseudo_labels import PseudoLabels, label_frames, required_on
 from ukd_ros.distillation.teacher import Ensemble, TeacherError, member_files, member_models
-from ukd_ros.distillation.train import object_models, open_folders, train_device
+from ukd_ros.distillation.train import object_models, open_folders
 from ukd_ros.distillation.unlabelled import propose
 from ukd_ros.geometry.object_model import ObjectModel
 from ukd_ros.perception.estimator import EstimatorOptions, PoseEstimator

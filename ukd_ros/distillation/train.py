@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -33,6 +32,7 @@ from ukd_ros.distillation.assignment import Assignment, assign, object_rows
 from ukd_ros.distillation.batches import Batches, BatchShape, MicroBatch
 from ukd_ros.distillation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from ukd_ros.distillation.curves import draw_curves
+from ukd_ros.distillation.device import check_forks, half_precision, train_device
 from ukd_ros.distillation.forked import together
 from ukd_ros.distillation.guide import Guide
 from ukd_ros.distillation.losses import focal_loss, gaussian_nll, pose_loss, ray_loss
@@ -74,7 +74,8 @@ class TrainConfig:
     object. `focal_weight`, `ray_weight`, `pose_weight`, `nll_weight`: the loss. `checkpoint_every`, `log_every`,
     `validate_every`: in steps (0 = never validate). `keep_every`: steps after which a copy `step-000500.pt` is kept
     besides the newest checkpoint, for a curve of accuracy against samples (0 = none). `device`: auto, cpu or cuda;
-    `threads`: torch's (0 = its own choice).
+    `precision` of the convolutions: float32, bfloat16, or auto (bfloat16 on processors that have it); `threads`:
+    torch's (0 = its own choice).
     """
 
     architecture: str = "lean"
@@ -102,6 +103,7 @@ class TrainConfig:
     validate_every: int = 500
     validate_windows: int = 512
     device: str = "auto"
+    precision: str = "auto"
     threads: int = 0
     window: WindowConfig = field(default_factory=WindowConfig)
 
@@ -116,6 +118,8 @@ class TrainConfig:
             raise ValueError(f"train.optimizer: {self.optimizer!r} is none of muon, adamw")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"train.device: {self.device!r} is none of auto, cpu, cuda")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"train.precision: {self.precision!r} is none of auto, float32, bfloat16")
         for name in ("focal_weight", "ray_weight", "pose_weight", "nll_weight"):
             if not 0.0 <= getattr(self, name) < math.inf:  # what is minimised must be an error
                 raise ValueError(f"train.{name}: must be a number of at least 0, not {getattr(self, name)}")
@@ -371,7 +375,7 @@ def backward(
     sums: dict[str, float] = {}
     for micro, guided in zip(micro_batches, guidance, strict=True):
         image = micro.image.to(device, torch.float32).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=half_precision(config.precision, device)):
             pyramid = network.pyramid(image)
             raw = network.raw_votes(pyramid)
         norms.collect()
@@ -449,40 +453,6 @@ def validate(network: KeypointNetwork, data: WindowDataset, config: TrainConfig,
     return {"val_px": float(np.median(errors)), "val_found": float(np.mean(np.array(scores) > 0.3))}
 
 
-def train_device(config: TrainConfig, processes: Processes) -> torch.device:
-    """Return the device asked for; ValueError when it is not there or the processes outnumber the micro-batches."""
-    check_share(config, processes.count)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train.device: cuda was asked for, but torch sees no CUDA device here; use cpu or auto")
-    if config.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    torch.set_float32_matmul_precision("high")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-
-
-def check_share(config: TrainConfig, processes: int) -> None:
-    """Refuse a number of processes that cannot share out a batch; ValueError."""
-    parts = config.batch_size // config.micro_batch
-    if parts % processes:
-        raise ValueError(
-            f"train.micro_batch: {parts} micro-batches a step cannot be shared evenly by {processes} processes; "
-            "make micro_batch smaller (a run started with another value cannot be resumed)"
-        )
-
-
-def check_forks(config: TrainConfig, processes: int) -> None:
-    """Refuse what forks of one process cannot do, before anything is decoded; ValueError."""
-    if processes == 1:
-        return
-    check_share(config, processes)
-    if config.threads > 1:
-        raise ValueError(f"train.threads: {processes} processes run on one thread each, not on {config.threads}")
-    if train_device(config, Processes()).type == "cuda":
-        raise ValueError(
-            "several processes forked off one are for CPUs: use torchrun, one process for each GPU, or --set device=cpu"
-        )
-
-
 def _optimizer(network: KeypointNetwork, config: TrainConfig, extra: nn.Module | None = None) -> Together:
     """AdamW, or Muon for the hidden convolutions and AdamW for all else; biases and norms are not decayed.
 
@@ -535,7 +505,9 @@ def _restore(
 ) -> int:
     """Load a checkpoint into the parts; ValueError naming the first setting that differs."""
     content = load_checkpoint(path)
-    mine, theirs = _plain(asdict(config)), {"optimizer": "adamw", "pose_weight": 0.0, **_plain(content.config)}
+    mine, theirs = _plain(asdict(config)), dict(_plain(content.config))
+    for key, before_it in {"optimizer": "adamw", "pose_weight": 0.0, "precision": "auto"}.items():
+        theirs.setdefault(key, before_it)
     theirs.get("guide", {}).get("align", {}).setdefault("covariance", "entropy")
     free = {"device", "threads", "checkpoint_every", "keep_every", "log_every", "validate_every", "validate_windows"}
     for key in sorted(set(mine) | set(theirs)):

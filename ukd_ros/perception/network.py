@@ -187,6 +187,14 @@ class _Head(nn.Module):
         """Return raw maps [B, C, h, w], [B, C*K*2, h, w], [B, C*K*3, h, w] for every level."""
         regressed: list[Tensor] = self.regress(levels)
         classified: list[Tensor] = regressed if self.classify is None else self.classify(levels)
+        if regressed[0].dtype == torch.float32:
+            return self._maps(classified, regressed)
+        # a vote's offset has eight bits in bfloat16: half a pixel
+        with torch.autocast(regressed[0].device.type, enabled=False):
+            return self._maps([c.float() for c in classified], [r.float() for r in regressed])
+
+    def _maps(self, classified: list[Tensor], regressed: list[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return the maps of every level, calculated as precisely as the features given."""
         return [(self.score(c), self.offset(r), self.scale(r)) for c, r in zip(classified, regressed, strict=True)]
 
 
