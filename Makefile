@@ -21,17 +21,9 @@ help:
 demo: env-demo
 	.venv-demo/bin/python -m ukd_ros demo $(DEMO_ARGS)
 
-# In two halves, one for each core; with TEST_ARGS, what they ask for and nothing beside it.
+# A file at a time on each of two cores; with TEST_ARGS, what they ask for and nothing beside it.
 test: env-test env-opencv lint
-ifeq ($(strip $(TEST_ARGS)),)
-	@half=$$(mktemp); .venv/bin/python -m pytest test/distillation >$$half 2>&1 & other=$$!; \
-	trap 'kill $$other; rm -f $$half; exit 130' INT TERM; \
-	status=0; .venv/bin/python -m pytest --ignore=test/distillation || status=$$?; \
-	echo "the other half, test/distillation:"; wait $$other || status=$$?; \
-	cat $$half; rm -f $$half; exit $$status
-else
-	.venv/bin/python -m pytest $(TEST_ARGS)
-endif
+	.venv/bin/python -m pytest $(if $(strip $(TEST_ARGS)),$(TEST_ARGS),--numprocesses 2 --dist loadfile)
 
 lint: env-test
 	.venv/bin/ruff check .

@@ -46,7 +46,7 @@ ROS_WHEELS = [
     "ros-jazzy-std-srvs",
     "ros-jazzy-visualization-msgs",
 ]
-TEST = ["pytest>=7", "mypy>=1.8", "ruff>=0.5", "types-PyYAML"]
+TEST = ["pytest>=7", "pytest-xdist>=3", "mypy>=1.8", "ruff>=0.5", "types-PyYAML"]
 
 setup(
     name=NAME,

@@ -56,7 +56,8 @@ def run_arm(name: str, seed: int, ablation: Ablation, file: Path, options: argpa
     from ukd_ros.config import load_config, to_mapping
     from ukd_ros.distillation.evaluate import EvaluationOptions, evaluate_model
     from ukd_ros.distillation.export import export_checkpoint
-    from ukd_ros.distillation.train import TrainConfig, train_on_folders
+    from ukd_ros.distillation.train import train_on_folders
+    from ukd_ros.distillation.train_config import TrainConfig
     from ukd_ros.perception.estimator import EstimatorOptions
 
     arm = ablation.arms[name]

@@ -32,13 +32,15 @@ def main(arguments: list[str] | None = None) -> int:
     from ukd_ros.config import load_config
     from ukd_ros.data.dataset import WindowDataset
     from ukd_ros.distillation.batches import Batches, BatchShape
+    from ukd_ros.distillation.beginning import new_network
     from ukd_ros.distillation.distill import DistillConfig
+    from ukd_ros.distillation.folders import object_models
     from ukd_ros.distillation.guide import Guide
     from ukd_ros.distillation.norms import NormStatistics
     from ukd_ros.distillation.parallel import Processes
     from ukd_ros.distillation.teacher import Ensemble
     from ukd_ros.distillation.teacher_cache import open_cache
-    from ukd_ros.distillation.train import backward, new_network, object_models
+    from ukd_ros.distillation.train import backward
 
     config = load_config(DistillConfig, options.config)
     torch.set_num_threads(config.threads or torch.get_num_threads())

@@ -107,7 +107,7 @@ class Bench:
 
     def open(self, config: Any) -> tuple[Any, Any]:
         """Return windows and models."""
-        from ukd_ros.distillation.train import open_folders
+        from ukd_ros.distillation.folders import open_folders
 
         if "data" not in self._opened:
             self._opened["data"] = open_folders(

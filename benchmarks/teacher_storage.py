@@ -25,7 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     from ukd_ros.distillation.checkpoint import load_checkpoint
     from ukd_ros.distillation.teacher import Ensemble, member_files
     from ukd_ros.distillation.teacher_store import load_teacher, save_teacher
-    from ukd_ros.distillation.train import TrainConfig, validate
+    from ukd_ros.distillation.train import validate
+    from ukd_ros.distillation.train_config import TrainConfig
 
     parser = argparse.ArgumentParser(prog="ukd bench teacher_storage", description=__doc__)
     parser.add_argument("--teacher", type=Path, action="append", required=True, help="run or checkpoint")

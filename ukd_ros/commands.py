@@ -66,7 +66,9 @@ def render(options: argparse.Namespace) -> int:
 def train(options: argparse.Namespace) -> int:
     """Train a network on BOP-format folders."""
     from ukd_ros.distillation.ensemble import train_ensemble
-    from ukd_ros.distillation.train import TrainConfig, open_folders, train_on_folders
+    from ukd_ros.distillation.folders import open_folders
+    from ukd_ros.distillation.train import train_on_folders
+    from ukd_ros.distillation.train_config import TrainConfig
 
     config = load_config(TrainConfig, options.config, options.set)
     if options.settings:

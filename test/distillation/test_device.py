@@ -14,7 +14,8 @@ from cubes import CUBE, CubeViews
 from ukd_ros.data.dataset import WindowConfig, WindowDataset
 from ukd_ros.distillation.checkpoint import load_checkpoint
 from ukd_ros.distillation.device import half_precision
-from ukd_ros.distillation.train import TrainConfig, train
+from ukd_ros.distillation.train import train
+from ukd_ros.distillation.train_config import TrainConfig
 from ukd_ros.perception.network import KeypointNetwork, NetworkConfig
 
 SHORT = TrainConfig(

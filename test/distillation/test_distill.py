@@ -29,7 +29,8 @@ from ukd_ros.distillation.guidance import PADDING, Guidance, teach
 from ukd_ros.distillation.guide import TERMS, Guide, GuideOptions
 from ukd_ros.distillation.teacher import Ensemble, EnsembleVotes, TeacherError
 from ukd_ros.distillation.teacher_cache import SHARD, CacheError, open_cache
-from ukd_ros.distillation.train import TrainConfig, TrainingDiverged, train
+from ukd_ros.distillation.train import TrainingDiverged, train
+from ukd_ros.distillation.train_config import TrainConfig
 from ukd_ros.distillation.transport import TransportOptions
 from ukd_ros.distillation.unlabelled import propose
 from ukd_ros.distillation.vote_losses import AlignOptions

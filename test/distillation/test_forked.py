@@ -17,7 +17,8 @@ from ukd_ros.data.dataset import WindowConfig, WindowDataset
 from ukd_ros.distillation.checkpoint import load_checkpoint
 from ukd_ros.distillation.device import check_forks
 from ukd_ros.distillation.forked import together
-from ukd_ros.distillation.train import TrainConfig, train
+from ukd_ros.distillation.train import train
+from ukd_ros.distillation.train_config import TrainConfig
 
 TINY = TrainConfig(steps=4, batch_size=8, micro_batch=4, log_every=1, validate_every=0, width_factor=0.25, threads=1,
                    device="cpu", seed=4, window=WindowConfig(size=64))  # fmt: skip

@@ -30,7 +30,7 @@ from ukd_ros.distillation.new_object_report import Story, advice, verdict
 from ukd_ros.distillation.new_object_request import NewObjectConfig, NewObjectError, NewObjectRequest
 from ukd_ros.distillation.new_object_stages import RealStages, Trained
 from ukd_ros.distillation.new_object_state import WorkError, WorkState, locked
-from ukd_ros.distillation.train import TrainConfig
+from ukd_ros.distillation.train_config import TrainConfig
 from ukd_ros.geometry.camera import Camera
 from ukd_ros.geometry.view import View
 from ukd_ros.perception.bundle import BundleError, find_model, load_bundle

@@ -17,7 +17,7 @@ from ukd_ros.distillation.forked import ForkError
 from ukd_ros.distillation.new_object_plan import STEP_OF_AN_IDLE_CORE_S, Rates, steps_within
 from ukd_ros.distillation.new_object_request import training_of_a_part
 from ukd_ros.distillation.new_object_trial import PROBE_IMAGES, PROBE_STEPS, Trial, sharings
-from ukd_ros.distillation.train import TrainConfig
+from ukd_ros.distillation.train_config import TrainConfig
 
 CONFIG = TrainConfig(batch_size=32, micro_batch=16, device="cpu")
 

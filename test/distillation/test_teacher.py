@@ -13,7 +13,8 @@ from cubes import CUBE, CubeViews
 
 from ukd_ros.data.dataset import WindowConfig, WindowDataset
 from ukd_ros.distillation.teacher import Ensemble, TeacherError, as_matrices
-from ukd_ros.distillation.train import TrainConfig, train
+from ukd_ros.distillation.train import train
+from ukd_ros.distillation.train_config import TrainConfig
 from ukd_ros.perception.network import KeypointNetwork, NetworkConfig
 
 TINY = TrainConfig(steps=1, batch_size=4, micro_batch=4, log_every=1, validate_every=0, width_factor=0.25, threads=1,

@@ -19,16 +19,11 @@ from cubes import CUBE, CubeViews
 
 from ukd_ros.data.augment import AugmentConfig
 from ukd_ros.data.dataset import WindowConfig, WindowDataset
+from ukd_ros.distillation.beginning import OBJECT_LAYERS
 from ukd_ros.distillation.checkpoint import CheckpointError, load_checkpoint
 from ukd_ros.distillation.export import ExportOptions, export_model
-from ukd_ros.distillation.train import (
-    OBJECT_LAYERS,
-    TrainConfig,
-    TrainingDiverged,
-    learning_rate,
-    train,
-    train_on_folders,
-)
+from ukd_ros.distillation.train import TrainingDiverged, train, train_on_folders
+from ukd_ros.distillation.train_config import TrainConfig, learning_rate
 from ukd_ros.geometry.pose import Pose
 from ukd_ros.geometry.view import LabelledView
 from ukd_ros.perception.bundle import BundleError

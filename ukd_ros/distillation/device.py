@@ -4,14 +4,11 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 import torch
 
 from ukd_ros.distillation.parallel import Processes
-
-if TYPE_CHECKING:
-    from ukd_ros.distillation.train import TrainConfig
+from ukd_ros.distillation.train_config import TrainConfig
 
 
 def train_device(config: TrainConfig, processes: Processes) -> torch.device:

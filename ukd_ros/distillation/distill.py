@@ -10,21 +10,17 @@ from pathlib import Path
 import torch
 
 from ukd_ros.data.dataset import MixedWindows, TrainingSample, WindowDataset, Windows
+from ukd_ros.distillation.beginning import new_network
 from ukd_ros.distillation.device import check_forks, train_device
+from ukd_ros.distillation.folders import object_models, open_folders
 from ukd_ros.distillation.forked import together
 from ukd_ros.distillation.guidance import Guidance
 from ukd_ros.distillation.guide import Guide, GuideOptions
 from ukd_ros.distillation.parallel import Processes
 from ukd_ros.distillation.teacher import Ensemble
 from ukd_ros.distillation.teacher_cache import open_cache
-from ukd_ros.distillation.train import (
-    TrainConfig,
-    TrainResult,
-    new_network,
-    object_models,
-    open_folders,
-    train,
-)
+from ukd_ros.distillation.train import TrainResult, train
+from ukd_ros.distillation.train_config import TrainConfig
 from ukd_ros.distillation.unlabelled import open_unlabelled
 from ukd_ros.geometry.object_model import ObjectModel
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from ukd_ros.data.dataset import WindowDataset
 from ukd_ros.distillation.checkpoint import load_checkpoint
 from ukd_ros.distillation.forked import CAN_FORK, Forked
-from ukd_ros.distillation.train import TrainConfig, TrainResult, train
+from ukd_ros.distillation.train import TrainResult, train
+from ukd_ros.distillation.train_config import TrainConfig
 from ukd_ros.geometry.object_model import ObjectModel
 
 FAILURE = "failed.txt"

@@ -32,6 +32,7 @@ from ukd_ros.distillation.device import train_device
 from ukd_ros.distillation.distill import distill
 from ukd_ros.distillation.ensemble_estimator import ensemble_estimator, window_sizes
 from ukd_ros.distillation.export import export_checkpoint, trained_options
+from ukd_ros.distillation.folders import object_models, open_folders
 from ukd_ros.distillation.frames import Frames, LabelledFrames
 from ukd_ros.distillation.from_bags_report import BagStory, advice, write_story
 from ukd_ros.distillation.from_bags_request import (
@@ -47,7 +48,6 @@ from ukd_ros.distillation.neighbours import agreeing
 from ukd_ros.distillation.parallel import Processes
 from ukd_ros.distillation.pseudo_labels import PseudoLabels, label_frames, required_on
 from ukd_ros.distillation.teacher import Ensemble, TeacherError, member_files, member_models
-from ukd_ros.distillation.train import object_models, open_folders
 from ukd_ros.distillation.unlabelled import propose
 from ukd_ros.geometry.object_model import ObjectModel
 from ukd_ros.perception.estimator import EstimatorOptions, PoseEstimator

@@ -45,7 +45,7 @@ from ukd_ros.distillation.new_object_request import (
 )
 from ukd_ros.distillation.new_object_stages import RealStages, Stages, Trained
 from ukd_ros.distillation.new_object_state import WorkState, locked
-from ukd_ros.distillation.train import learning_rate
+from ukd_ros.distillation.train_config import learning_rate
 from ukd_ros.geometry.declared_symmetry import symmetries_of
 from ukd_ros.perception.bundle import load_bundle, save_bundle
 

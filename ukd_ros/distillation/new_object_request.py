@@ -20,7 +20,7 @@ from ukd_ros.distillation.guide import GuideOptions
 from ukd_ros.distillation.new_object_part import PartFacts, file_digest
 from ukd_ros.distillation.new_object_plan import LEAST_BUDGET_S, TEACHERS_FROM_S
 from ukd_ros.distillation.new_object_state import WorkState
-from ukd_ros.distillation.train import TrainConfig
+from ukd_ros.distillation.train_config import TrainConfig
 from ukd_ros.perception.bundle import find_model, load_bundle
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,59}")

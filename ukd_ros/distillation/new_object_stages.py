@@ -27,11 +27,13 @@ from ukd_ros.distillation.distill import DistillConfig, distill_on_folders
 from ukd_ros.distillation.ensemble import member_folder, train_ensemble
 from ukd_ros.distillation.evaluate import evaluate_model
 from ukd_ros.distillation.export import export_checkpoint, trained_options
+from ukd_ros.distillation.folders import open_folders
 from ukd_ros.distillation.from_bags_request import FromBagsConfig
 from ukd_ros.distillation.new_object_plan import STARVED, TICKS, Pace, Rates
 from ukd_ros.distillation.new_object_request import NewObjectConfig
 from ukd_ros.distillation.new_object_trial import Trial, cores, logged_steps_s
-from ukd_ros.distillation.train import TrainConfig, open_folders, train_on_folders
+from ukd_ros.distillation.train import train_on_folders
+from ukd_ros.distillation.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,12 @@ from ukd_ros.data.progress import Progress, Stopped, listening
 from ukd_ros.data.render_dataset import CHUNK
 from ukd_ros.distillation.device import train_device
 from ukd_ros.distillation.ensemble import member_folder, train_ensemble
+from ukd_ros.distillation.folders import open_folders
 from ukd_ros.distillation.forked import CAN_FORK, ForkError
 from ukd_ros.distillation.new_object_plan import Rates
 from ukd_ros.distillation.parallel import Processes
-from ukd_ros.distillation.train import TrainConfig, open_folders, train_on_folders
+from ukd_ros.distillation.train import train_on_folders
+from ukd_ros.distillation.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
