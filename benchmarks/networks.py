@@ -3,7 +3,8 @@
 
 GMAC are multiply-accumulates of the convolutions. Milliseconds are of the exported graph in onnxruntime, beside the
 first network's as a ratio of neighbouring runs. Training is forward, losses' shape and backward on random windows, with
-one thread as two runs side by side have it; the data loader's own rate stands beside it.
+one thread as two runs side by side have it, in float32 and, where the processor has it, in bfloat16; the data loader's
+own rate stands beside it.
 """
 
 from __future__ import annotations
@@ -56,26 +57,37 @@ def settled(network: Any) -> Any:
     return network.eval()
 
 
-def training_rate(network: Any, seconds: float) -> float:
-    """Return windows a second through forward and backward on one thread."""
+def training_rates(network: Any, seconds: float) -> dict[str, float]:
+    """Return windows a second through forward and backward on one thread, in each precision this processor has.
+
+    Steps of the precisions take turns, so that what else runs slows them alike.
+    """
     import torch
 
+    from ukd_ros.distillation.device import half_precision
+
+    precisions = ["float32", *(["bfloat16"] if half_precision("auto", torch.device("cpu")) else [])]
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     network = network.train().channels_last()
     batch = torch.rand(BATCH, 3, SIZE, SIZE).mul(255).contiguous(memory_format=torch.channels_last)
 
-    def step() -> None:
-        raw = network.raw(batch)
+    def step(precision: str) -> float:
+        start = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            raw = network.raw(batch)
         (raw.logit.mean() + raw.offset.square().mean() + raw.scale.square().mean()).backward()
+        return time.perf_counter() - start
 
-    step()
-    start, steps = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        step()
+    for precision in precisions:
+        step(precision)
+    spent, steps = dict.fromkeys(precisions, 0.0), 0
+    while sum(spent.values()) < seconds * len(precisions):
+        for precision in precisions:
+            spent[precision] += step(precision)
         steps += 1
     torch.set_num_threads(before)
-    return BATCH * steps / (time.perf_counter() - start)
+    return {precision: BATCH * steps / taken for precision, taken in spent.items()}
 
 
 def loading_rate(dataset: Path, seconds: float) -> float:
@@ -139,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
             "parameters": sum(p.numel() for p in network.parameters()),
             "gmac_128": gmac(network, 128),
             "gmac_256": gmac(network, 256),
-            "training_windows_per_s": training_rate(network, options.seconds),
+            "training_windows_per_s": training_rates(network, options.seconds),
         }
     times = interleaved_ms(runs, options.rounds)
     first = next(iter(rows))
@@ -149,12 +161,16 @@ def main(arguments: list[str] | None = None) -> int:
     path = write("networks", {"machine": about, "classes": options.classes, "networks": rows, "loader_per_s": loader})
     if about["warning"]:
         print(about["warning"])
-    print("| network | parameters | GMAC at 128, 256 px | ms at 128 px, two cores | training windows/s, one core |")
+    print(
+        "| network | parameters | GMAC at 128, 256 px | ms at 128 px, two cores "
+        "| training windows/s, one core (float32, bfloat16) |"
+    )
     print("|---|---|---|---|---|")
     for label, row in rows.items():
+        rates = ", ".join(f"{rate:.0f}" for rate in row["training_windows_per_s"].values())
         print(
             f"| {label} | {row['parameters'] / 1e6:.2f} M | {row['gmac_128']:.3f}, {row['gmac_256']:.2f} | "
-            f"{row['zoom_128']['median_ms']:.1f} ({row['ratio']:.1f} x) | {row['training_windows_per_s']:.0f} |"
+            f"{row['zoom_128']['median_ms']:.1f} ({row['ratio']:.1f} x) | {rates} |"
         )
     if loader is not None:
         print(f"the loader alone: {loader:.0f} windows/s on one core")

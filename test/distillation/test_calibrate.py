@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,9 +28,10 @@ from ukd_ros.distillation.calibrate import (  # noqa: E402
     match,
     write_report,
 )
-from ukd_ros.distillation.corrections import fit_doubt, fit_shrinkage  # noqa: E402
+from ukd_ros.distillation.corrections import Match, fit_doubt, fit_shrinkage, spread  # noqa: E402
 from ukd_ros.distillation.error_model import CrossFit, ErrorSamples, HeldOut  # noqa: E402
 from ukd_ros.distillation.recalibrate import recalibrate  # noqa: E402
+from ukd_ros.geometry.arrays import FloatArray  # noqa: E402
 from ukd_ros.geometry.estimate import Rejection  # noqa: E402
 from ukd_ros.geometry.keypoints import Keypoints  # noqa: E402
 from ukd_ros.geometry.metrics import nees  # noqa: E402
@@ -38,7 +40,8 @@ from ukd_ros.geometry.pose import Pose, exp_so3  # noqa: E402
 from ukd_ros.geometry.view import LabelledView, ObjectLabel  # noqa: E402
 from ukd_ros.perception.estimator import EstimatorOptions, PoseEstimator  # noqa: E402
 from ukd_ros.perception.manifest import GraphSpec  # noqa: E402
-from ukd_ros.perception.votes import Calibration, VoteInstance, keypoint_box, shrink_share, unshrunk, widened  # noqa: E402
+from ukd_ros.perception.pnp import PnpOptions, PnpSolution, solve_pnp  # noqa: E402
+from ukd_ros.perception.votes import Calibration, VoteInstance, keypoint_box, shrink_share, widened  # noqa: E402
 
 MODES = np.array([1.0, 1.0, 0.8, 0.5])
 
@@ -178,34 +181,72 @@ class Painted:
     objects: tuple[ObjectModel, ...] = tuple(MODELS)
 
 
-def test_the_shrinkage_of_a_doubtful_network_is_found(rng: np.random.Generator) -> None:
-    """A shape seen as the mean of copies turned by +-a is cos(a) of its size, with variance r^2 sin^2(a).
+Seen = Callable[[Pose, FloatArray], tuple[FloatArray, FloatArray]]
 
-    Small a: the wanted factor is 1 + a^2 / 2 and the share tan^2(a), so the shrinkage is one half.
-    """
-    n, count = 400, 9
-    true = rng.normal(0.0, 40.0, (n, count, 2)) + rng.uniform(100, 400, (n, 1, 2))
-    angle = rng.uniform(0.05, 0.3, n)[:, None, None]
-    centred = true - true.mean(axis=1, keepdims=True)
-    found = true.mean(axis=1, keepdims=True) + np.cos(angle) * centred * rng.normal(1.0, 0.004, (n, 1, 1))
-    turned = centred[..., ::-1] * [-1.0, 1.0]
-    blocks = (np.sin(angle) ** 2)[..., None] * turned[..., :, None] * turned[..., None, :] + 1e-3 * np.eye(2)
-    samples = ErrorSamples(
-        error=(found - true).reshape(n, -1),
-        mean_blocks=blocks,
-        effective_votes=np.ones((n, count)),
-        xy=found,
-        jacobian=np.zeros((n, 2 * count, 6)),
-        view=np.arange(n),
-    )
-    shrinkage = fit_shrinkage(samples)
-    assert shrinkage == pytest.approx(0.5, abs=0.08)
-    repaired = np.array([unshrunk(xy, block, shrinkage) for xy, block in zip(found, blocks, strict=True)])
-    size = np.linalg.norm(repaired - repaired.mean(1, keepdims=True), axis=(1, 2)) / np.linalg.norm(
-        centred, axis=(1, 2)
-    )
-    assert np.median(size) == pytest.approx(1.0, abs=0.002)
-    np.testing.assert_allclose(repaired.mean(axis=1), found.mean(axis=1), atol=1e-9)
+
+def _matches(rng: np.random.Generator, count: int, seen: Seen) -> list[Match]:
+    """Instances with keypoints, and doubt about each [K, 2] px, as `seen(truth, the true ones)` has them."""
+    matches = []
+    for view in range(count):
+        truth = Pose(exp_so3(rng.normal(0.0, 1.5, 3)), [*rng.uniform(-0.15, 0.15, 2), rng.uniform(0.5, 1.0)])
+        true = VGA.project(truth.transform(MODELS[0].keypoints_3d))
+        xy, doubt = seen(truth, true)
+        blocks = doubt[:, :, None] * doubt[:, None, :] + 0.1 * np.mean(doubt**2) * np.eye(2)
+        cov = np.zeros((2 * len(xy), 2 * len(xy)))
+        for k, block in enumerate(blocks):
+            cov[2 * k : 2 * k + 2, 2 * k : 2 * k + 2] = block
+        points = Keypoints(xy, cov, np.ones(len(xy)))
+        instance = VoteInstance(0, 0.9, points, keypoint_box(xy), 1, blocks, np.ones(len(xy)))
+        matches.append(Match(instance, truth, VGA, view))
+    return matches
+
+
+def _too_far(matches: list[Match], shrinkage: float) -> float:
+    """Median of depth over true depth less one."""
+    errors = []
+    for item in matches:
+        points = spread(item, shrinkage).instance.keypoints
+        found = solve_pnp(MODELS[0].keypoints_3d, points, VGA, PnpOptions(gate_p_value=0.0), item.truth)
+        if isinstance(found, PnpSolution):
+            errors.append(found.T_camera_object.translation[2] / item.truth.translation[2] - 1.0)
+    assert len(errors) > 0.9 * len(matches)
+    return float(np.median(errors))
+
+
+def test_the_shrinkage_of_a_doubtful_network_is_found(rng: np.random.Generator) -> None:
+    """A shape seen as the mean of copies turned by +-a is cos(a) of its size: the poses are brought back."""
+
+    def seen(_: Pose, true: FloatArray) -> tuple[FloatArray, FloatArray]:
+        angle, centred = rng.uniform(0.1, 0.4), true - true.mean(axis=0)
+        return true.mean(axis=0) + np.cos(angle) * centred, np.sin(angle) * centred[:, ::-1] * [-1.0, 1.0]
+
+    matches = _matches(rng, 120, seen)
+    shrinkage = fit_shrinkage(matches, MODELS)
+    assert _too_far(matches, 0.0) > 0.01
+    assert 0.3 < shrinkage < 0.7  # small a: the wanted factor is 1 + a^2 / 2 and the share tan^2(a)
+    assert abs(_too_far(matches, shrinkage)) < 0.003
+    # and nothing is drawn together where poses are too near as they are
+    near = [spread(item, 3.0 * shrinkage) for item in matches]
+    assert _too_far(near, 0.0) < -0.01 and fit_shrinkage(near, MODELS) == 0.0
+
+
+def test_a_wrong_turn_is_no_shrinkage(rng: np.random.Generator) -> None:
+    """An object seen turned by 20 degrees has its keypoints where a smaller one might have them, and its true depth."""
+
+    def seen(truth: Pose, true: FloatArray) -> tuple[FloatArray, FloatArray]:
+        axis = rng.normal(0.0, 1.0, 3)
+        turned = Pose(exp_so3(np.radians(20.0) * axis / np.linalg.norm(axis)) @ truth.rotation, truth.translation)
+        xy = VGA.project(turned.transform(MODELS[0].keypoints_3d))
+        return xy, xy - true
+
+    matches = _matches(rng, 120, seen)
+    slopes = []
+    for item in matches:
+        true = VGA.project(item.truth.transform(MODELS[0].keypoints_3d))
+        true, found = (x - x.mean(axis=0) for x in (true, item.instance.keypoints.xy))
+        slopes.append((found * true).sum() / (true**2).sum())
+    assert np.median(slopes) < 0.97
+    assert fit_shrinkage(matches, MODELS) < 0.02
 
 
 def test_doubt_that_grows_faster_than_predicted_is_found(rng: np.random.Generator) -> None:

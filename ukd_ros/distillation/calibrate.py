@@ -336,7 +336,7 @@ def calibrate(
     """
     options = options or CalibrationOptions()
     found = collect(estimator, views, options, limit, progress)
-    shrinkage = fit_shrinkage(error_samples(found.matches, estimator.objects))
+    shrinkage = fit_shrinkage(found.matches, estimator.objects)
     enlarged = tuple(spread(item, shrinkage) for item in found.matches)
     exponent, reference = fit_doubt(error_samples(enlarged, estimator.objects), shares_of(found.matches))
     correction = Calibration(shrinkage=shrinkage, doubt_exponent=exponent, doubt_reference=reference)

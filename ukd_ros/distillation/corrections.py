@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.optimize import brentq
 
 from ukd_ros.distillation.error_model import ErrorSamples, SharedErrors
 from ukd_ros.geometry.arrays import FloatArray
@@ -18,7 +19,7 @@ from ukd_ros.geometry.keypoints import Keypoints
 from ukd_ros.geometry.metrics import nees
 from ukd_ros.geometry.object_model import ObjectModel
 from ukd_ros.geometry.pose import Pose
-from ukd_ros.perception.pnp import projection_jacobian
+from ukd_ros.perception.pnp import PnpOptions, PnpSolution, projection_jacobian, solve_pnp
 from ukd_ros.perception.votes import (
     Calibration,
     VoteInstance,
@@ -28,6 +29,9 @@ from ukd_ros.perception.votes import (
     unshrunk,
     widened,
 )
+
+_SHRINKAGES = (0.25, 0.5, 1.0, 2.0, 5.0, 10.0)
+"""Upper ends among which the shrinkage is bracketed; the last is the most that `Calibration` takes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,22 +65,46 @@ def error_samples(matches: Sequence[Match], objects: Sequence[ObjectModel]) -> E
     )
 
 
-def fit_shrinkage(samples: ErrorSamples) -> float:
-    """Return the shrinkage of `Calibration` at which the median instance is neither too large nor too small.
+def fit_shrinkage(matches: Sequence[Match], objects: Sequence[ObjectModel]) -> float:
+    """Return the shrinkage of `Calibration` at which the median pose is neither too far nor too near; 0 when it is so.
 
-    An instance's size is the slope of its keypoints on the true ones, both about their centres. The wanted factor
-    less one is proportional to `shrink_share`; the constant is its weighted median, so that gross errors do not count.
+    Judged by solved poses, not by the slope of the keypoints on the true ones: that is below one also for an object
+    that is seen turned another way and at its true depth.
     """
-    true = samples.xy - samples.error.reshape(samples.xy.shape)
-    found = samples.xy - samples.xy.mean(axis=1, keepdims=True)
-    true = true - true.mean(axis=1, keepdims=True)
-    size = (found * true).sum(axis=(1, 2)) / np.maximum((true**2).sum(axis=(1, 2)), 1e-9)
-    share = shrink_share(samples.xy, samples.mean_blocks)
-    wanted = (1.0 / np.clip(size, 0.5, 2.0) - 1.0) / share
-    order = np.argsort(wanted)
-    weight = np.cumsum(np.sqrt(share[order]))
-    middle = int(np.searchsorted(weight, 0.5 * weight[-1]))
-    return float(np.clip(wanted[order[middle]], 0.0, 10.0))
+
+    def too_far(shrinkage: float) -> float:
+        return _median_depth_error([spread(item, shrinkage) for item in matches], objects)
+
+    if too_far(0.0) <= 0.0:
+        return 0.0
+    for upper in _SHRINKAGES:
+        if too_far(upper) <= 0.0:
+            return float(brentq(too_far, 0.0, upper, xtol=0.005 * upper))
+    return _SHRINKAGES[-1]
+
+
+def _median_depth_error(matches: Sequence[Match], objects: Sequence[ObjectModel]) -> float:
+    """Return the median of depth over true depth less one, of the matches that can be solved (0 when none can).
+
+    The network's own error bars are made as wide as its errors first: with too narrow ones the solver would leave out
+    keypoints, and whole poses.
+    """
+    squares = []
+    for item in matches:
+        points = item.instance.keypoints
+        true = item.camera.project(item.truth.transform(objects[item.instance.class_index].keypoints_3d))
+        error = (points.xy - true).reshape(-1)
+        squares.append(float(error @ np.linalg.solve(points.cov, error)) / error.size)
+    factor = max(1.0, float(np.median(squares))) if squares else 1.0
+    depths = []
+    for item in matches:
+        points = item.instance.keypoints
+        wide = Keypoints(points.xy, factor * points.cov, points.score)
+        model = objects[item.instance.class_index].keypoints_3d
+        found = solve_pnp(model, wide, item.camera, PnpOptions(gate_p_value=0.0), item.truth)
+        if isinstance(found, PnpSolution):
+            depths.append(found.T_camera_object.translation[2] / item.truth.translation[2] - 1.0)
+    return float(np.median(depths)) if depths else 0.0
 
 
 def fit_doubt(samples: ErrorSamples, share: FloatArray) -> tuple[float, float]:
