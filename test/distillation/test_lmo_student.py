@@ -33,10 +33,10 @@ def dozen(lmo_root: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_recall_on_a_dozen_photographs(dozen: Path, repo_root: Path) -> None:
-    """Floors below what it did on them (83 % found, 5.6 % ADD-0.1d, AUC 31.9 %, AR MSPD 47.5 %)."""
+    """Floors below what it did on them (83 % found, 13.9 % ADD-0.1d, AUC 37.9 %, AR MSPD 56.7 %)."""
     gates = EstimatorOptions(max_sigma_position=100.0, max_sigma_rotation_deg=1000.0, max_ambiguity=1.0)
     report = evaluate_model(repo_root / "models" / "lmo_lean", dozen, names=NAMES, estimator=gates, progress=False)
     assert report.overall.targets == 36
     assert report.overall.detection_rate > 0.65
-    assert report.overall.add_recall > 0.02 and report.overall.add_auc > 0.2
-    assert report.overall.ar_mspd > 0.35
+    assert report.overall.add_recall > 0.05 and report.overall.add_auc > 0.28
+    assert report.overall.ar_mspd > 0.45
