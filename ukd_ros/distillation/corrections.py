@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 from scipy.optimize import brentq
@@ -71,9 +72,11 @@ def fit_shrinkage(matches: Sequence[Match], objects: Sequence[ObjectModel]) -> f
     Judged by solved poses, not by the slope of the keypoints on the true ones: that is below one also for an object
     that is seen turned another way and at its true depth.
     """
+    widening = _widening(matches, objects)
 
+    @cache
     def too_far(shrinkage: float) -> float:
-        return _median_depth_error([spread(item, shrinkage) for item in matches], objects)
+        return _median_depth_error([spread(item, shrinkage) for item in matches], objects, widening)
 
     if too_far(0.0) <= 0.0:
         return 0.0
@@ -83,11 +86,10 @@ def fit_shrinkage(matches: Sequence[Match], objects: Sequence[ObjectModel]) -> f
     return _SHRINKAGES[-1]
 
 
-def _median_depth_error(matches: Sequence[Match], objects: Sequence[ObjectModel]) -> float:
-    """Return the median of depth over true depth less one, of the matches that can be solved (0 when none can).
+def _widening(matches: Sequence[Match], objects: Sequence[ObjectModel]) -> float:
+    """Return the factor, at least 1, that makes the network's own error bars as wide as its errors.
 
-    The network's own error bars are made as wide as its errors first: with too narrow ones the solver would leave out
-    keypoints, and whole poses.
+    With narrower ones the solver would leave out keypoints, and whole poses.
     """
     squares = []
     for item in matches:
@@ -95,11 +97,15 @@ def _median_depth_error(matches: Sequence[Match], objects: Sequence[ObjectModel]
         true = item.camera.project(item.truth.transform(objects[item.instance.class_index].keypoints_3d))
         error = (points.xy - true).reshape(-1)
         squares.append(float(error @ np.linalg.solve(points.cov, error)) / error.size)
-    factor = max(1.0, float(np.median(squares))) if squares else 1.0
+    return max(1.0, float(np.median(squares))) if squares else 1.0
+
+
+def _median_depth_error(matches: Sequence[Match], objects: Sequence[ObjectModel], widening: float) -> float:
+    """Return the median of depth over true depth less one, of the matches that can be solved (0 when none can)."""
     depths = []
     for item in matches:
         points = item.instance.keypoints
-        wide = Keypoints(points.xy, factor * points.cov, points.score)
+        wide = Keypoints(points.xy, widening * points.cov, points.score)
         model = objects[item.instance.class_index].keypoints_3d
         found = solve_pnp(model, wide, item.camera, PnpOptions(gate_p_value=0.0), item.truth)
         if isinstance(found, PnpSolution):
