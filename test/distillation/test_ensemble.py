@@ -16,7 +16,9 @@ import torch
 from cubes import CUBE, CubeViews
 
 from ukd_ros.data.dataset import WindowConfig, WindowDataset
+from ukd_ros.distillation import ensemble as ensemble_module
 from ukd_ros.distillation.checkpoint import load_checkpoint
+from ukd_ros.distillation.ensemble import train_ensemble
 from ukd_ros.distillation.train import train
 from ukd_ros.distillation.train_config import TrainConfig
 
@@ -94,6 +96,24 @@ def test_a_stopped_parent_leaves_no_orphans_and_checkpoints(stop: signal.Signals
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert all(load_checkpoint(file).step >= 1 for file in files)
+
+
+def test_where_forks_cannot_have_the_gpu_members_come_one_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ensemble_module.side_by_side()
+    monkeypatch.setattr(ensemble_module, "side_by_side", lambda: False)
+    monkeypatch.setattr(ensemble_module, "Forked", lambda: pytest.fail("it forks"))
+    data = WindowDataset(CubeViews(4), [CUBE], TINY.window, seed=0)
+    results = train_ensemble(TINY, 2, data, [CUBE], tmp_path, progress=False)
+    assert [(r.step, r.finished, r.checkpoint.parent.name) for r in results] == [
+        (3, True, "seed-4"),
+        (3, True, "seed-5"),
+    ]
+    weights = [load_checkpoint(r.checkpoint).network.state_dict()["head.offset.weight"] for r in results]
+    assert not torch.allclose(*weights)
+    late = train_ensemble(LONG, 2, data, [CUBE], tmp_path / "late", time_budget_s=0.2, progress=False)
+    assert all(not r.finished and r.step >= 1 for r in late)
 
 
 @pytest.mark.parametrize("members", [0, -1])

@@ -23,6 +23,8 @@ from ukd_ros.data.render_dataset import DEMO, MeshSource
 from ukd_ros.data.renderer import RendererError
 from ukd_ros.data.rosbag.options import BagOptions
 from ukd_ros.distillation import new_object as chain_module
+from ukd_ros.distillation import new_object_stages as stages_module
+from ukd_ros.distillation.distill import DistillConfig
 from ukd_ros.distillation.new_object import NewObjectResult, new_object
 from ukd_ros.distillation.new_object_part import PartFacts, inspect_part
 from ukd_ros.distillation.new_object_plan import LEAST, Pace, Rates, closing_s, make_plan, steps_within
@@ -100,8 +102,13 @@ class FakeStages:
         self.peaks[name] = peak
         return self._steps(name, steps, 1.0, left_s, reserve_s)
 
-    def teach(self, steps: int, left_s: Callable[[], float]) -> list[Trained]:
+    def trunk(self, steps: int, left_s: Callable[[], float]) -> Trained:
+        self.calls.append("trunk")
+        return self._steps("trunk", steps, 1.0, left_s, 0.0)
+
+    def teach(self, steps: int, left_s: Callable[[], float], trunk: Path) -> list[Trained]:
         self.calls.append("teach")
+        assert trunk == Path("trunk/checkpoint.pt")
         done = self._steps("teach", steps, 1.0, left_s, 0.0)
         return [replace(done, checkpoint=Path(f"seed-{i}/checkpoint.pt")) for i in range(2)]
 
@@ -241,12 +248,48 @@ def test_teachers_come_from_an_hour_on_and_their_absence_is_said(
 ) -> None:
     stages = FakeStages()
     make(tmp_path / "long", stages, 3600.0)
-    assert "teach" in stages.calls and "distil" in stages.calls and "train student" not in stages.calls
+    assert [name for name in stages.calls if name in ("trunk", "teach", "distil")] == ["trunk", "teach", "distil"]
+    assert "train student" not in stages.calls
+    page = (tmp_path / "long" / "work" / "report.html").read_text()
+    before = stages.trained["trunk"] + stages.trained["teach"]
+    assert f"{before + stages.trained['student']} steps" in page
+    assert f"{before} of the steps before there were teachers" in page
     with caplog.at_level("WARNING"):
         stages = FakeStages()
         make(tmp_path / "short", stages, 3599.0)
-    assert "teach" not in stages.calls and "train student" in stages.calls
+    assert not {"trunk", "teach"} & set(stages.calls) and "train student" in stages.calls
     assert "no teachers" in caplog.text
+
+
+def test_trunk_teachers_and_student_see_windows_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked_for: list[TrainConfig] = []
+
+    def note(config: TrainConfig, *rest: Any, **more: Any) -> Any:
+        asked_for.append(config)
+        raise Stopped("seen")
+
+    for name in ("train_on_folders", "train_ensemble", "distill_on_folders"):  # on one process the trunk has a fork
+        monkeypatch.setattr(stages_module, name, note)
+    monkeypatch.setattr(stages_module, "open_folders", lambda *_, **__: (None, None, None))
+    config = NewObjectConfig(seed=7, teachers=3)
+    stages = RealStages(config, MeshSource(DEMO), "farthest", config.scene, tmp_path, progress=False)
+    for work in (
+        lambda: stages.trunk(100, lambda: 9.0),
+        lambda: stages.teach(100, lambda: 9.0, Path("trunk.pt")),
+        lambda: stages.distil(100, lambda: 9.0, 1.0, [Path("first.pt"), Path("second.pt"), Path("third.pt")]),
+    ):
+        with pytest.raises(Stopped, match="seen"):
+            work()
+    trunk, teacher, student = asked_for
+    assert isinstance(student, DistillConfig)
+    assert (trunk.hold, teacher.hold, student.hold) == (1.0, 0.0, 0.0)
+    assert (teacher.initial, student.initial) == ("trunk.pt", "first.pt")
+    assert not {trunk.seed, student.window_seed} & {teacher.seed + member for member in range(3)}
+    assert trunk.seed != student.window_seed
+    stages.processes = 2
+    with pytest.raises(Stopped, match="seen"):
+        stages.trunk(100, lambda: 9.0)
+    assert asked_for[-1] == trunk
 
 
 def test_a_bag_adapts_the_student_when_there_are_teachers(tmp_path: Path) -> None:
@@ -539,8 +582,9 @@ def story(part: dict[str, Any] | None = None, **changes: Any) -> Story:
     values: dict[str, Any] = {
         "name": "bottle", "out": Path("models/bottle"), "part": replace(known, **(part or {})), "budget_s": 1200.0,
         "plan": make_plan(1100.0, IDLE, teachers=0, bags=0), "images": {"train": 500}, "cut": False,
-        "config": NewObjectConfig(), "trained": {"steps": 1000}, "evaluated": EVALUATED, "adapted": {}, "bags": 0,
-        "calibrated": {"crops": "locate", "matched": 300, "labels": 400, "views": 120}, "warnings": (), "seconds": {},
+        "config": NewObjectConfig(), "trained": {"steps": 1000, "before": 0}, "evaluated": EVALUATED, "adapted": {},
+        "bags": 0, "calibrated": {"crops": "locate", "matched": 300, "labels": 400, "views": 120}, "warnings": (),
+        "seconds": {},
     }  # fmt: skip
     return Story(**{**values, **changes})
 

@@ -127,6 +127,11 @@ def test_what_is_tried_follows_cores_and_batch(monkeypatch: pytest.MonkeyPatch) 
 def test_teachers_are_planned_by_their_own_steps() -> None:
     rates = Rates(3.0, 0.1, 2.0, 0.2, 1, 2, teach_step_s=0.5)
     assert steps_within(400.0, rates) > 2 * steps_within(400.0, rates.teaching())
+    assert rates.trunk() == rates
+    many_cores = replace(rates, processes=1, step_s=0.9)  # of one thread; a teacher has half of the cores
+    assert many_cores.trunk().step_s == 0.5
+    gpu = replace(rates, processes=1)  # where teachers come one after another
+    assert gpu.trunk().step_s == 0.2
     assert PROBE_IMAGES >= 4 and PROBE_STEPS >= 4
     assert steps_within(400.0, rates.alone()) == steps_within(400.0, rates)  # one core was not timed
     assert steps_within(400.0, replace(rates, core_step_s=0.4).alone()) < 0.6 * steps_within(400.0, rates)

@@ -137,6 +137,14 @@ def test_the_schedule_rises_once_and_falls_to_nearly_nothing() -> None:
     assert all(a >= b for a, b in zip(rates[100:-1], rates[101:], strict=True)) and rates[-1] < 2e-3
 
 
+def test_a_held_schedule_stays_at_its_peak_before_it_falls() -> None:
+    config = TrainConfig(steps=1000, warmup=0.1, hold=0.5, learning_rate=1.0)
+    rates = [learning_rate(step, config) for step in range(1000)]
+    assert rates[99:600] == [1.0] * 501 and 0.9 < rates[650] < 1.0 and rates[-1] < 2e-3
+    forever = replace(config, hold=1.0)
+    assert [learning_rate(step, forever) for step in (100, 500, 999)] == [1.0] * 3
+
+
 def test_wrong_resumptions_are_refused(data: WindowDataset, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(replace(TINY, steps=3), data, [CUBE], out, progress=False)
@@ -189,6 +197,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(data: WindowDa
         ("optimizer", "sgd", "optimizer"),
         ("precision", "float8", "precision"),
         ("warmup", 1.5, "warmup"),
+        ("hold", 1.5, "hold"),
     ],
 )
 def test_settings_that_cannot_run_are_refused(field: str, value: object, word: str) -> None:

@@ -90,7 +90,7 @@ def restore(
     """Load a checkpoint into the parts; ValueError naming the first setting that differs."""
     content = load_checkpoint(path)
     mine, theirs = _plain(asdict(config)), dict(_plain(content.config))
-    for key, before_it in {"optimizer": "adamw", "pose_weight": 0.0, "precision": "auto"}.items():
+    for key, before_it in {"optimizer": "adamw", "pose_weight": 0.0, "precision": "auto", "hold": 0.0}.items():
         theirs.setdefault(key, before_it)
     theirs.get("guide", {}).get("align", {}).setdefault("covariance", "entropy")
     free = {"device", "threads", "checkpoint_every", "keep_every", "log_every", "validate_every", "validate_windows"}

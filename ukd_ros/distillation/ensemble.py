@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import copy
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from ukd_ros.data.dataset import WindowDataset
 from ukd_ros.distillation.checkpoint import load_checkpoint
@@ -34,6 +37,11 @@ def member_folder(out: Path, seed: int) -> Path:
     return out / f"seed-{seed}"
 
 
+def side_by_side() -> bool:
+    """Return whether members are trained at the same time: a GPU that this process has used is lost to its forks."""
+    return not torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+
+
 def train_ensemble(
     config: TrainConfig,
     members: int,
@@ -52,7 +60,8 @@ def train_ensemble(
     all members validate on the same windows. With `threads` 0 the cores are shared out. The progress bar is the first
     member's. Call it from a process without other threads: it forks. Stopped by any signal, it stops its members, which
     keep their last checkpoints. ValueError for less than one member, without fork (Windows), or under torchrun;
-    EnsembleError, after all have ended, when any failed.
+    EnsembleError, after all have ended, when any failed. Where they cannot be `side_by_side` they come one after
+    another, each with its part of the time, and what `train` raises ends it.
     """
     if members < 1:
         raise ValueError(f"an ensemble needs at least one member, not {members}")
@@ -62,7 +71,7 @@ def train_ensemble(
         raise ValueError("an ensemble is not trained under torchrun: start it without, or train its seeds one by one")
     threads = config.threads or max(1, len(os.sched_getaffinity(0)) // members)
 
-    def run(seed: int) -> None:
+    def run(seed: int, time_budget_s: float | None = time_budget_s) -> None:
         own = copy.copy(data)
         own.seed = seed
         train(
@@ -77,6 +86,12 @@ def train_ensemble(
         )
 
     seeds = range(config.seed, config.seed + members)
+    if not side_by_side():
+        start = time.monotonic()
+        for number, seed in enumerate(seeds):
+            left = None if time_budget_s is None else time_budget_s - (time.monotonic() - start)
+            run(seed, None if left is None else left / (members - number))
+        return tuple(_result(member_folder(out, seed)) for seed in seeds)
     with Forked() as forked:
         for seed in seeds:
             folder = member_folder(out, seed)

@@ -2,7 +2,7 @@
 """From a CAD file to a model that the pose node loads, in a given time: `ukd new-object`.
 
     render → train → export → calibrate → evaluate                            (from five minutes on)
-    render → teach → distil → export → calibrate → [adapt to bags] → evaluate (from an hour on)
+    render → trunk → teach → distil → export → calibrate → [adapt to bags] → evaluate (from an hour on)
 
 The budget is shared out by rates measured on this machine (`new_object_plan`), the last stages' time is reserved, and
 after every stage what is left is planned anew. A stage that is finished is not done again (`new_object_state`). What
@@ -256,24 +256,40 @@ class _Chain:
     def _learn(self, rates: Rates, plan: Plan) -> tuple[dict[str, Any], list[Path]]:
         """Train the student, beside teachers where there is time; return what it did and the teachers' checkpoints."""
         closing = self._closing(rates, plan)
-        teachers: list[Path] = []
-        if self.with_teachers:
-            share = plan.seconds["teach"] / (plan.seconds["teach"] + plan.seconds["distil"])
-            end = float(self.state.decide("teach.end", lambda: closing + (1.0 - share) * (self.left_s() - closing)))
-            steps = self.state.decide("teach.steps", lambda: steps_within(self.left_s() - end, rates.teaching()))
-            taught = self.stage("teach", lambda: self._taught(steps, end), steps=steps)
-            teachers = [Path(path) for path in taught["teachers"]]
-            if not taught["finished"]:
-                self.warnings.append("the teachers' training was slower than planned, and stopped before its end")
+        teachers, before = self._teachers(rates, plan, closing) if self.with_teachers else ([], 0)
         name, factor = ("distil", ASKING) if teachers else ("train", 1.0)
         time_s = self.left_s() - closing
         steps = self.state.decide(f"{name}.steps", lambda: steps_within(time_s, rates, factor))
         done = self.stage(name, lambda: self._trained(name, steps, closing, teachers), steps=steps)
-        return done, teachers
+        return {**done, "before": before}, teachers
 
-    def _taught(self, steps: int, end: float) -> dict[str, Any]:
-        done = self.stages.teach(steps, self._tracked("teach", end))
-        return {"teachers": [str(item.checkpoint) for item in done], "finished": all(item.finished for item in done)}
+    def _teachers(self, rates: Rates, plan: Plan, closing: float) -> tuple[list[Path], int]:
+        """Train the teachers, branches of one trunk; return their checkpoints, and the steps that made the first."""
+        trunk_end = self._end("trunk", ("teach", "distil"), plan, closing)
+        steps = self.state.decide("trunk.steps", lambda: steps_within(self.left_s() - trunk_end, rates.trunk()))
+        trunk = self.stage("trunk", lambda: self._trunk(steps, trunk_end), steps=steps)
+        end = self._end("teach", ("distil",), plan, closing)
+        steps = self.state.decide("teach.steps", lambda: steps_within(self.left_s() - end, rates.teaching()))
+        taught = self.stage("teach", lambda: self._taught(steps, end, Path(trunk["checkpoint"])), steps=steps)
+        for what, done in (("the training that teachers begin with", trunk), ("the teachers' training", taught)):
+            if not done["finished"]:
+                self.warnings.append(f"{what} was slower than planned, and stopped before its end")
+        return [Path(path) for path in taught["teachers"]], trunk["steps"] + taught["steps"]
+
+    def _end(self, name: str, after: Sequence[str], plan: Plan, closing: float) -> float:
+        """Return what is to be left of the budget at a training's end: the share of those after it, and the closing."""
+        later = sum(plan.seconds[stage] for stage in after)
+        share = later / (later + plan.seconds[name])
+        return float(self.state.decide(f"{name}.end", lambda: closing + share * (self.left_s() - closing)))
+
+    def _trunk(self, steps: int, end: float) -> dict[str, Any]:
+        done = self.stages.trunk(steps, self._tracked("trunk", end))
+        return {"checkpoint": str(done.checkpoint), "finished": done.finished, "steps": done.step}
+
+    def _taught(self, steps: int, end: float, trunk: Path) -> dict[str, Any]:
+        done = self.stages.teach(steps, self._tracked("teach", end), trunk)
+        finished = all(item.finished for item in done)
+        return {"teachers": [str(item.checkpoint) for item in done], "finished": finished, "steps": done[0].step}
 
     def _trained(self, name: str, steps: int, closing: float, teachers: Sequence[Path]) -> dict[str, Any]:
         """Train; when it would not end in time, bring the learning rate down in a last short cycle."""

@@ -15,6 +15,11 @@ TEACHERS_FROM_S = 3600.0
 """Below this budget there are no teachers: two networks of a few minutes know less than one of twice that time."""
 
 LEAST_BUDGET_S = 300.0
+
+TRUNK, TEACHING = 0.55, 0.17
+"""Parts of the learning time, where there are teachers, for what they and the student have in common and for their own;
+the student beside them has the rest."""
+
 STEP_OF_AN_IDLE_CORE_S = 0.3
 """A training step of 32 windows takes this long on a core like those that the times below were measured on."""
 
@@ -23,7 +28,7 @@ CALIBRATED_VIEW_S, EVALUATED_VIEW_S = 0.08, 0.12
 """Seconds on such a core; what follows the training is planned with them and planned again once it can be timed."""
 
 LEAST = {"train": 32, "calibrate": 32, "evaluate": 16}
-MOST = {"train": 4000, "calibrate": 500, "evaluate": 250}
+MOST = {"train": 6000, "calibrate": 500, "evaluate": 250}
 """Images. The trial makes the first ones to calibrate on; what the training holds in memory bounds the most of those to
 train on, and more views than these do not change a calibration."""
 
@@ -72,6 +77,11 @@ class Rates:
     def alone(self) -> Rates:
         """Return the rates with steps on one core for the student's."""
         return replace(self, step_s=self.core_step_s or self.step_s)
+
+    def trunk(self) -> Rates:
+        """Return the rates of what teachers begin with: one process alone takes all cores, more than a teacher has."""
+        alone = min(self.step_s, self.teach_step_s or self.step_s)
+        return self if self.processes > 1 else replace(self, step_s=alone)
 
     def teaching(self) -> Rates:
         """Return the rates with the teachers' steps for the student's."""
@@ -132,7 +142,8 @@ def make_plan(left_s: float, rates: Rates, *, teachers: int, bags: int) -> Plan:
     learning = max(0.0, left_s - seconds["render"] - sum(closing.values()))
     if teachers:
         adapting = learning / 3.0 if bags else 0.0
-        seconds |= {"teach": 0.6 * (learning - adapting), "distil": 0.4 * (learning - adapting)}
+        own = learning - adapting
+        seconds |= {"trunk": TRUNK * own, "teach": TEACHING * own, "distil": (1.0 - TRUNK - TEACHING) * own}
         seconds |= {"adapt": adapting} if bags else {}
     else:
         seconds["train"] = learning

@@ -179,6 +179,7 @@ def write_story(story: Story, work: Path) -> Path:
         "Held-out renders, the worst": "evaluation/worst.png",
         "Accuracy and reliability on them": "evaluation/summary.png",
         "Reliability when it was calibrated": "calibration/reliability.png",
+        "Training, what it has in common with its teachers": _trunk_curves(work),
         "Training": "student/curves.png",
         "The last cycle of the training": "last/curves.png" if story.cut else "",
     }
@@ -189,6 +190,11 @@ def write_story(story: Story, work: Path) -> Path:
     path = work / "report.html"
     write_bytes(path, html_page(f"{story.name}: from a mesh to a model", sections).encode())
     return path
+
+
+def _trunk_curves(work: Path) -> str:
+    """Return the curves of what teachers and student have in common, below the work folder; empty without any."""
+    return next((str(path.relative_to(work)) for path in sorted(work.glob("trunk/*/curves.png"))), "")
 
 
 def _views(config: NewObjectConfig) -> str:
@@ -202,8 +208,11 @@ def _views(config: NewObjectConfig) -> str:
 def _table(story: Story) -> str:
     """Return counts and times as text."""
     images = ", ".join(f"{count} to {kind}" for kind, count in story.images.items())
-    windows = story.trained["steps"] * story.config.train.batch_size
-    rows = [f"renders      {images}", f"training     {story.trained['steps']} steps, {windows:,} windows"]
+    before = story.trained["before"]
+    steps = before + story.trained["steps"]
+    taught = f", {before} of the steps before there were teachers" if before else ""
+    windows = f"{steps * story.config.train.batch_size:,} windows{taught}"
+    rows = [f"renders      {images}", f"training     {steps} steps, {windows}"]
     rows.append(f"teachers     {story.plan.teachers or f'none (from --budget {TEACHERS_FROM_S / 3600:.0f}h on)'}")
     rows.append(f"calibrated   on {story.calibrated['matched']} parts in {story.calibrated['views']} renders")
     times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in story.seconds.items())

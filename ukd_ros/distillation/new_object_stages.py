@@ -38,8 +38,8 @@ from ukd_ros.distillation.train_config import TrainConfig
 logger = logging.getLogger(__name__)
 
 KINDS = ("train", "calibrate", "evaluate")
-CHECKPOINT_S = 15.0
-"""A run that is killed loses at most so many seconds; writing one and drawing its curves takes half of one."""
+CHECKPOINT_S = 45.0
+"""A run that is killed loses at most so many seconds; writing one and drawing its curves takes one."""
 
 TIMED_VIEWS = (1, 12)
 """Views that the finished student is timed on: the difference is what more views take."""
@@ -79,8 +79,12 @@ class Stages(Protocol):
         """Train `steps`; stop, keeping a checkpoint, when it would not end in time."""
         ...
 
-    def teach(self, steps: int, left_s: Callable[[], float]) -> list[Trained]:
-        """Train the teachers side by side; they stop, keeping a checkpoint, when the time is up."""
+    def trunk(self, steps: int, left_s: Callable[[], float]) -> Trained:
+        """Train what teachers and student begin with; it stops, keeping a checkpoint, when the time is up."""
+        ...
+
+    def teach(self, steps: int, left_s: Callable[[], float], trunk: Path) -> list[Trained]:
+        """Train the teachers side by side from there; they stop, keeping a checkpoint, when the time is up."""
         ...
 
     def distil(self, steps: int, left_s: Callable[[], float], reserve_s: float, teachers: Sequence[Path]) -> Trained:
@@ -201,9 +205,26 @@ class RealStages:
             )
         return _trained(folder, config, pace.step_s)
 
-    def teach(self, steps: int, left_s: Callable[[], float]) -> list[Trained]:
+    def trunk(self, steps: int, left_s: Callable[[], float]) -> Trained:
+        """See `Stages`; its learning rate never falls: that is for the branches."""
+        # windows of its own: the teachers' seeds follow on the configuration's
+        seed = self.config.seed + self.config.teachers
+        config, out = replace(self.training, steps=steps, hold=1.0, seed=seed), self.work / "trunk"
+        folder = member_folder(out, seed)
+        if self.processes == 1:  # alone, with all cores: in a fork, because this process must not start their threads
+            data, models, _ = open_folders(config, [self.folder("train")], progress=self._progress)
+            budget = left_s()
+            train_ensemble(config, 1, data, models, out, resume=True, time_budget_s=budget, progress=self._progress)
+            return _trained(folder, config, None)
+        with self._paced(left_s, 0.0) as pace:
+            train_on_folders(
+                config, [self.folder("train")], folder, resume=True, processes=self.processes, progress=self._progress
+            )
+        return _trained(folder, config, pace.step_s)
+
+    def teach(self, steps: int, left_s: Callable[[], float], trunk: Path) -> list[Trained]:
         """See `Stages`."""
-        config = replace(self.training, steps=steps)
+        config = replace(self.training, steps=steps, initial=str(trunk))
         data, models, _ = open_folders(config, [self.folder("train")], progress=self._progress)
         count, out = self.config.teachers, self.work / "teachers"
         train_ensemble(config, count, data, models, out, resume=True, time_budget_s=left_s(), progress=self._progress)
@@ -213,7 +234,11 @@ class RealStages:
         """Return how the student learns beside teachers, who are asked about every third window once."""
         plain = {item.name: getattr(self.training, item.name) for item in fields(TrainConfig)}
         plain |= {"steps": steps, "initial": str(initial), "threads": threads}
-        return DistillConfig(**plain, guide=self.config.guide, windows=max(1, steps * self.training.batch_size // 3))
+        windows, window_seed = (
+            max(1, steps * self.training.batch_size // 3),
+            self.config.seed + self.config.teachers + 1,
+        )
+        return DistillConfig(**plain, guide=self.config.guide, windows=windows, window_seed=window_seed)
 
     def distil(self, steps: int, left_s: Callable[[], float], reserve_s: float, teachers: Sequence[Path]) -> Trained:
         """See `Stages`; the teachers are asked about every third window once."""

@@ -18,7 +18,7 @@ import numpy as np
 from ukd_ros.data.progress import Progress, Stopped, listening
 from ukd_ros.data.render_dataset import CHUNK
 from ukd_ros.distillation.device import train_device
-from ukd_ros.distillation.ensemble import member_folder, train_ensemble
+from ukd_ros.distillation.ensemble import member_folder, side_by_side, train_ensemble
 from ukd_ros.distillation.folders import open_folders
 from ukd_ros.distillation.forked import CAN_FORK, ForkError
 from ukd_ros.distillation.new_object_plan import Rates
@@ -120,6 +120,7 @@ class Trial:
             train_ensemble(config, count, data, models, folder, progress=False)
             took = self.now() - start
             step_s = float(np.median(logged_steps_s(member_folder(folder, config.seed), config)[1:]))
+            step_s *= 1 if side_by_side() else count
         return max(0.0, took - PROBE_STEPS * step_s), step_s
 
     @contextmanager

@@ -19,9 +19,10 @@ class TrainConfig:
     and begins anew where not: the student of another part is a head start.
     `steps` of `batch_size` windows each, taken in micro-batches of `micro_batch` (the unit of batch norm; the same for
     any number of processes). `optimizer`: muon (orthogonal steps for the hidden layers, AdamW for the rest) or adamw.
-    `learning_rate` is the peak of AdamW's one-cycle schedule with `warmup` as the rising fraction, Muon's is ten times
-    as large; `weight_decay` is decoupled; `clip_norm` bounds the gradient. `positives`: cells that vote for one
-    object. `focal_weight`, `ray_weight`, `pose_weight`, `nll_weight`: the loss. `checkpoint_every`, `log_every`,
+    `learning_rate` is the peak of AdamW's one-cycle schedule with `warmup` as the rising fraction and `hold` as the
+    fraction that stays at the peak before it falls (with 1 it never falls), Muon's is ten times as large;
+    `weight_decay` is decoupled; `clip_norm` bounds the gradient. `positives`: cells that vote for one object.
+    `focal_weight`, `ray_weight`, `pose_weight`, `nll_weight`: the loss. `checkpoint_every`, `log_every`,
     `validate_every`: in steps (0 = never validate). `keep_every`: steps after which a copy `step-000500.pt` is kept
     besides the newest checkpoint, for a curve of accuracy against samples (0 = none). `device`: auto, cpu or cuda;
     `precision` of the convolutions: float32, bfloat16, or auto (bfloat16 on processors that have it); `threads`:
@@ -39,6 +40,7 @@ class TrainConfig:
     optimizer: str = "muon"
     learning_rate: float = 2e-3
     warmup: float = 0.08
+    hold: float = 0.0
     weight_decay: float = 0.02
     clip_norm: float = 5.0
     positives: int = 10
@@ -75,12 +77,17 @@ class TrainConfig:
                 raise ValueError(f"train.{name}: must be a number of at least 0, not {getattr(self, name)}")
         if not 0.0 < self.warmup < 1.0:
             raise ValueError(f"train.warmup: must be inside 0..1, not {self.warmup}")
+        if not 0.0 <= self.hold <= 1.0:
+            raise ValueError(f"train.hold: must be from 0 to 1, not {self.hold}")
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Return the one-cycle learning rate of a step: linear to the peak, then half a cosine to a thousandth of it."""
+    """Return the one-cycle learning rate of a step: linear to the peak, which it holds, then half a cosine to a
+    thousandth of it.
+    """
     rising = max(1, round(config.warmup * config.steps))
     if step < rising:
         return config.learning_rate * (step + 1) / rising
-    progress = (step - rising) / max(1, config.steps - rising)
+    falling = rising + round(config.hold * config.steps)
+    progress = max(0, step - falling) / max(1, config.steps - falling)
     return config.learning_rate * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * progress)))
