@@ -307,6 +307,7 @@ def bag(options: argparse.Namespace) -> int:
 
 def new_object(options: argparse.Namespace) -> int:
     """Make a model of a part from its mesh, in a given time."""
+    from ukd_ros.data.progress import Stopped
     from ukd_ros.data.render_dataset import DEMO
     from ukd_ros.distillation.new_object import new_object as make
     from ukd_ros.distillation.new_object_request import NewObjectConfig, NewObjectRequest
@@ -326,7 +327,10 @@ def new_object(options: argparse.Namespace) -> int:
         tuple(options.bag),
         options.overwrite,
     )
-    result = make(config, request, progress=not options.quiet)
+    try:
+        result = make(config, request, progress=not options.quiet)
+    except KeyboardInterrupt as stop:  # a stage words it for the command that it belongs to otherwise
+        raise Stopped(f"stopped; what is done is kept in {request.work}, and the same line goes on") from stop
     covered = "nothing answered" if result.coverage is None else f"{result.coverage:.1%} in the 95 % ellipsoid"
     print(f"{result.model}: ADD-0.1d {result.add_recall:.1%} on held-out renders, {covered}; {result.seconds:.0f} s")
     print(f"{result.report}: how good it is and what would make it better (the work folder can be deleted)")

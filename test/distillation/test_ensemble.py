@@ -36,7 +36,12 @@ cv2.setNumThreads(2)
 cv2.GaussianBlur(np.zeros((1500, 1500), np.float32), (31, 31), 0)  # OpenCV's threads run before the fork
 data = WindowDataset(CubeViews(4), [CUBE], TINY.window, seed=TINY.seed)
 try:
-    results = train_ensemble(TINY, 2, data, [CUBE], Path(sys.argv[2]), resume="resume" in sys.argv, progress=False)
+    waited = []
+    results = train_ensemble(
+        TINY, 2, data, [CUBE], Path(sys.argv[2]), resume="resume" in sys.argv, waiting=lambda: waited.append(1),
+        progress=False,
+    )
+    assert waited
     print([(r.step, r.finished, r.checkpoint.parent.name) for r in results])
 except EnsembleError as error:
     print(error)

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,10 +27,11 @@ from ukd_ros.data.renderer import RendererError
 from ukd_ros.data.rosbag.options import BagOptions
 from ukd_ros.distillation import new_object as chain_module
 from ukd_ros.distillation import new_object_stages as stages_module
+from ukd_ros.distillation import new_object_state as state_module
 from ukd_ros.distillation.distill import DistillConfig
 from ukd_ros.distillation.new_object import NewObjectResult, new_object
 from ukd_ros.distillation.new_object_part import PartFacts, inspect_part
-from ukd_ros.distillation.new_object_plan import LEAST, Pace, Rates, closing_s, make_plan, steps_within
+from ukd_ros.distillation.new_object_plan import LEAST, MOST, Pace, Rates, closing_s, make_plan, steps_within
 from ukd_ros.distillation.new_object_report import Story, advice, verdict
 from ukd_ros.distillation.new_object_request import NewObjectConfig, NewObjectError, NewObjectRequest
 from ukd_ros.distillation.new_object_stages import RealStages, Trained
@@ -58,6 +62,9 @@ class FakeStages:
     done: dict[str, int] = field(default_factory=dict)
     trained: dict[str, int] = field(default_factory=dict)
     peaks: dict[str, float | None] = field(default_factory=dict)
+    every: int = 100
+    saved: dict[str, tuple[int, float]] = field(default_factory=dict)
+    stalls_s: dict[str, float] = field(default_factory=dict)
     tuned: Rates | None = None
 
     def now(self) -> float:
@@ -71,6 +78,12 @@ class FakeStages:
     def tune(self, rates: Rates) -> None:
         self.tuned = rates
 
+    def unsaved_s(self, stage: str) -> float:
+        if stage.startswith("render"):
+            return 0.0
+        names = ("student", "last") if stage in ("distil", "train") else (stage,)
+        return self.time - max((self.saved[name][1] for name in names if name in self.saved), default=-1e9)
+
     def render(self, kind: str, count: int, left_s: Callable[[], float]) -> int:
         self.calls.append(f"render {kind}")
         for number in range(count):
@@ -82,12 +95,17 @@ class FakeStages:
     def _steps(self, name: str, steps: int, factor: float, left_s: Callable[[], float], reserve_s: float) -> Trained:
         pace = Pace(left_s, reserve_s, now=self.now)
         step_s = self.rates.step_s * factor * self.slower
-        self.time += self.rates.train_start_s
-        for step in range(self.done.get(name, 0), steps):
+        self.time += self.rates.train_start_s + self.stalls_s.get(name, 0.0)
+        begun = self.done.get(name, 0)
+        pace(Progress("training", begun, steps, "step", {}))  # as the bar opens
+        for step in range(begun, steps):
             self.time += step_s
             self.done[name] = step + 1
             if step + 1 == self.killed_at:
+                self.done[name] = self.saved.get(name, (0, 0.0))[0]  # what came after the last checkpoint is lost
                 raise Killed
+            if (step + 1) % self.every == 0:
+                self.saved[name] = step + 1, self.time
             try:
                 pace(Progress("training", step + 1, steps, "step", {}))
             except Stopped:
@@ -185,6 +203,14 @@ def test_the_plan_fills_the_time_and_no_more(budget_s: float, slow: float) -> No
     assert all(seconds > 0.0 for seconds in plan.seconds.values())
     assert all(plan.images[kind] >= LEAST[kind] for kind in LEAST)
     assert ("teach" in plan.seconds) == (budget_s >= 3600)
+
+
+def test_no_more_views_than_there_is_memory_for() -> None:
+    rates = Rates(3.0, 0.1, 6.0, 0.2, 2)
+    plenty, little = (make_plan(7200.0, replace(rates, most_views=most), teachers=2, bags=0) for most in (10**6, 900))
+    assert plenty.images["train"] == MOST["train"] and little.images["train"] == 900
+    assert make_plan(7200.0, replace(rates, most_views=1), teachers=2, bags=0).images["train"] == LEAST["train"]
+    assert sum(little.seconds.values()) == pytest.approx(7200.0)
 
 
 def test_steps_fit_the_time_with_slack() -> None:
@@ -289,7 +315,7 @@ def test_trunk_teachers_and_student_see_windows_of_their_own(tmp_path: Path, mon
     stages.processes = 2
     with pytest.raises(Stopped, match="seen"):
         stages.trunk(100, lambda: 9.0)
-    assert asked_for[-1] == trunk
+    assert replace(asked_for[-1], threads=trunk.threads) == trunk
 
 
 def test_a_bag_adapts_the_student_when_there_are_teachers(tmp_path: Path) -> None:
@@ -378,14 +404,15 @@ def test_a_machine_that_is_too_busy_is_said_at_once(tmp_path: Path) -> None:
 # ---- going on ----------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_run_goes_on_to_the_same_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("budget_s", "killed_at"), [(300.0, 399), (600.0, 500), (600.0, 999)])
+def test_a_killed_run_goes_on_to_the_same_model(tmp_path: Path, budget_s: float, killed_at: int) -> None:
     whole = FakeStages()
-    make(tmp_path / "whole", whole)
-    broken = FakeStages(killed_at=500)
+    make(tmp_path / "whole", whole, budget_s)
+    broken = FakeStages(killed_at=killed_at)
     with pytest.raises(Killed):
-        make(tmp_path / "broken", broken)
+        make(tmp_path / "broken", broken, budget_s)
     broken.killed_at, broken.calls = -1, []
-    make(tmp_path / "broken", broken)
+    make(tmp_path / "broken", broken, budget_s)
     assert broken.tuned == whole.tuned == IDLE  # the probe's threads serve the second call too
     assert broken.calls == ["train student", "export", "calibrate", "evaluate"]
     assert broken.trained == whole.trained
@@ -393,6 +420,45 @@ def test_a_killed_run_goes_on_to_the_same_model(tmp_path: Path) -> None:
         json.loads((tmp_path / name / "work" / "state.json").read_text())["decisions"] for name in ("whole", "broken")
     ]
     assert kept[0]["plan"] == kept[1]["plan"] and kept[0]["train.steps"] == kept[1]["train.steps"]
+
+
+@pytest.mark.parametrize("stage", ["student", "trunk"])
+def test_a_stall_that_takes_all_the_time_leaves_a_model(tmp_path: Path, stage: str) -> None:
+    budget_s = 600.0 if stage == "student" else 3600.0
+    stages = FakeStages(stalls_s={stage: budget_s})  # a laptop that was shut, say
+    make(tmp_path, stages, budget_s)
+    assert stages.trained[stage] == 1 and "evaluate" in stages.calls
+
+
+def test_what_a_kill_would_lose_is_told_by_the_checkpoints(tmp_path: Path) -> None:
+    config = NewObjectConfig()
+    stages = RealStages(config, MeshSource(DEMO), "farthest", config.scene, tmp_path, progress=False)
+    assert stages.unsaved_s("render.train") == 0.0
+    now = time.time()
+    for stage, folders in {"trunk": ["trunk/seed-2"], "teach": ["teachers/seed-0", "teachers/seed-1"],
+                           "train": ["student", "last"]}.items():  # fmt: skip
+        for age, folder in ((50.0, folders[0]), (20.0, folders[-1])):
+            assert stages.unsaved_s(stage) == float("inf") or stage == "train"
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / "checkpoint.pt").touch()
+            os.utime(tmp_path / folder / "checkpoint.pt", (now - age, now - age))
+            if len(folders) == 1:
+                break
+    lost = {stage: stages.unsaved_s(stage) for stage in ("trunk", "teach", "train", "distil")}
+    assert lost == pytest.approx({"trunk": 50.0, "teach": 50.0, "train": 20.0, "distil": 20.0}, abs=5.0)
+
+
+def test_ctrl_c_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise Stopped("student/checkpoint.pt: interrupted at step 7, which is kept; go on with --resume")
+
+    monkeypatch.setattr(chain_module, "new_object", interrupted)
+    words = ["new-object", "--mesh", DEMO, "--name", "part", "--budget", "10m", "--work", str(tmp_path / "work")]
+    assert main(words) == 130
+    said = capsys.readouterr().err
+    assert f"kept in {tmp_path / 'work'}, and the same line goes on" in said and "--resume" not in said
 
 
 def test_a_finished_run_does_nothing_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -424,7 +490,10 @@ def test_another_setting_is_refused_by_its_key(tmp_path: Path) -> None:
         new_object(config, asked(tmp_path), stages=lambda part: stages, now=stages.now)
 
 
-def test_a_work_folder_serves_one_process_and_holds_nothing_else(tmp_path: Path) -> None:
+def test_a_work_folder_serves_one_process_and_holds_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state_module, "WAIT_S", 0.2)
     with locked(tmp_path / "work"), pytest.raises(WorkError, match="another ukd new-object"):
         make(tmp_path, FakeStages())
     (tmp_path / "other").mkdir()
@@ -434,6 +503,14 @@ def test_a_work_folder_serves_one_process_and_holds_nothing_else(tmp_path: Path)
     (tmp_path / "work" / "state.json").write_text("{")
     with pytest.raises(WorkError, match="damaged"):
         make(tmp_path, FakeStages())
+
+
+def test_forks_of_a_killed_process_are_waited_for(tmp_path: Path) -> None:
+    other = locked(tmp_path)
+    other.__enter__()
+    threading.Timer(0.4, other.__exit__, (None, None, None)).start()
+    with locked(tmp_path):
+        pass
 
 
 def test_a_stage_of_other_inputs_is_done_again(tmp_path: Path) -> None:
@@ -608,6 +685,7 @@ def story(part: dict[str, Any] | None = None, **changes: Any) -> Story:
         ({}, "errors are of depth"),
         ({}, "Record a bag"),
         ({"bags": 1}, "The bag was not used"),
+        ({"trained": {"steps": 1000, "before": 9000}}, "has seen 320,000 windows"),
     ],
 )
 def test_advice_follows_from_what_was_measured(changed: dict[str, Any], words: str) -> None:

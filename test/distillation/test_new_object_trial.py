@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from ukd_ros.data.progress import Bar, Stopped
+from ukd_ros.data.scenes import SceneConfig
 from ukd_ros.distillation import new_object_trial
 from ukd_ros.distillation.forked import ForkError
 from ukd_ros.distillation.new_object_plan import STEP_OF_AN_IDLE_CORE_S, Rates, steps_within
 from ukd_ros.distillation.new_object_request import training_of_a_part
-from ukd_ros.distillation.new_object_trial import PROBE_IMAGES, PROBE_STEPS, Trial, sharings
+from ukd_ros.distillation.new_object_trial import PROBE_IMAGES, PROBE_STEPS, Trial, sharings, views_in_memory
 from ukd_ros.distillation.train_config import TrainConfig
 
 CONFIG = TrainConfig(batch_size=32, micro_batch=16, device="cpu")
@@ -63,7 +64,7 @@ def on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any]:
         monkeypatch.delenv("RANK", raising=False)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
         monkeypatch.setattr(new_object_trial, "train_on_folders", machine.train)
-        trial = Trial(config, tmp_path / "data", tmp_path, lambda: left_s - machine.time, machine.now)
+        trial = Trial(config, SceneConfig(), tmp_path / "data", tmp_path, lambda: left_s - machine.time, machine.now)
         return trial.rates(machine.render, 0)
 
     return rates
@@ -122,6 +123,13 @@ def test_what_is_tried_follows_cores_and_batch(monkeypatch: pytest.MonkeyPatch) 
     assert sharings(CONFIG, False) == [(8, 1)]
     part = training_of_a_part()
     assert part.batch_size // part.micro_batch >= 2  # so that two cores can share a step
+
+
+def test_the_memory_holds_fewer_views_the_larger_they_are() -> None:
+    small, large = (views_in_memory(SceneConfig(width=width, height=480)) for width in (320, 640))
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < large < small < total / (320 * 480)
+    assert small == pytest.approx(2 * large, rel=0.1)
 
 
 def test_teachers_are_planned_by_their_own_steps() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -52,6 +52,7 @@ def train_ensemble(
     held_out: WindowDataset | None = None,
     resume: bool = False,
     time_budget_s: float | None = None,
+    waiting: Callable[[], object] | None = None,
     progress: bool = True,
 ) -> tuple[TrainResult, ...]:
     """Train networks with the seeds `config.seed`, `config.seed` + 1, … into `out`/seed-N; see `train`.
@@ -62,6 +63,7 @@ def train_ensemble(
     keep their last checkpoints. ValueError for less than one member, without fork (Windows), or under torchrun;
     EnsembleError, after all have ended, when any failed. Where they cannot be `side_by_side` they come one after
     another, each with its part of the time, and what `train` raises ends it.
+    `waiting` is called about every second while forks work; what it raises stops them.
     """
     if members < 1:
         raise ValueError(f"an ensemble needs at least one member, not {members}")
@@ -96,6 +98,9 @@ def train_ensemble(
         for seed in seeds:
             folder = member_folder(out, seed)
             forked.start(partial(run, seed), folder / FAILURE, str(folder))
+        while waiting is not None and forked.working:
+            forked.join(1.0 / members)
+            waiting()
         failures = forked.join()
     if failures:
         raise EnsembleError("; ".join(failures))

@@ -86,6 +86,11 @@ class Forked:
         return [f"{name}: {_reason(process, said)}" for process, said, name in self._processes if process.exitcode]
 
     @property
+    def working(self) -> bool:
+        """Return whether any process has not ended."""
+        return any(process.is_alive() for process, _, _ in self._processes)
+
+    @property
     def interrupted(self) -> bool:
         """Return whether a process that ended was stopped by a signal that it minds."""
         return any(process.exitcode == INTERRUPTED for process, _, _ in self._processes)

@@ -243,7 +243,10 @@ class _Chain:
             tick = self.now()
             if tick - told[0] > 5.0:
                 told[0] = tick
-                self.state.keep(stage, before + tick - start)
+                # what would have to be done again does not count, or a killed run would have less time for it
+                kept = tick - start - self.stages.unsaved_s(stage)
+                if kept > 0.0:
+                    self.state.keep(stage, before + kept)
             return self.left_s() - end_s
 
         return left

@@ -57,7 +57,7 @@ class Rates:
     """What this machine did in a short trial: s to start the renderer, s per image with all its processes, s to open
     the data and the network, s per step of the student's training, with the threads (0: torch's own choice) and
     processes that were fastest; s per step of the teachers' side by side, and of a student's on one core (None: as the
-    student's).
+    student's); the views that there is memory for.
     """
 
     render_start_s: float
@@ -68,6 +68,7 @@ class Rates:
     processes: int = 1
     teach_step_s: float | None = None
     core_step_s: float | None = None
+    most_views: int = MOST["train"]
 
     @property
     def slowness(self) -> float:
@@ -133,7 +134,7 @@ def make_plan(left_s: float, rates: Rates, *, teachers: int, bags: int) -> Plan:
     rendering = (0.25 if teachers == 0 else 0.16) * left_s - 2.0 * rates.render_start_s
     affordable = max(0.0, rendering) / rates.image_s
     images = {
-        "train": _within("train", 0.66 * affordable),
+        "train": min(_within("train", 0.66 * affordable), max(LEAST["train"], rates.most_views)),
         "calibrate": _within("calibrate", 0.22 * affordable),
         "evaluate": _within("evaluate", 0.12 * affordable),
     }
@@ -190,7 +191,10 @@ class Pace:
             raise Stopped("slower than planned")
         if progress.stage != "training" or progress.total is None:
             return
-        if not self._ticks or progress.done > self._ticks[-1][0]:
+        if not self._ticks:  # the bar opens: only after a step there is anything to keep
+            self._ticks.append((progress.done, self._now()))
+            return
+        if progress.done > self._ticks[-1][0]:
             self._ticks.append((progress.done, self._now()))
         left, step_s = self._left_s(), self.step_s
         if progress.done >= progress.total or left > self._reserve_s:

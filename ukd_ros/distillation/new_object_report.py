@@ -80,7 +80,7 @@ def advice(story: Story) -> list[str]:
 
 def _about_time(story: Story) -> list[str]:
     said, found = [], story.evaluated
-    windows = story.trained["steps"] * story.config.train.batch_size
+    windows = (story.trained["before"] + story.trained["steps"]) * story.config.train.batch_size
     if found["add_recall"] < GOOD:
         longer = "20m" if story.budget_s < 1200 else "2h" if story.budget_s < 7200 else "a GPU, or a day"
         said.append(

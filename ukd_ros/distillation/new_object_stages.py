@@ -31,7 +31,7 @@ from ukd_ros.distillation.folders import open_folders
 from ukd_ros.distillation.from_bags_request import FromBagsConfig
 from ukd_ros.distillation.new_object_plan import STARVED, TICKS, Pace, Rates
 from ukd_ros.distillation.new_object_request import NewObjectConfig
-from ukd_ros.distillation.new_object_trial import Trial, cores, logged_steps_s
+from ukd_ros.distillation.new_object_trial import Trial, cores, logged_steps_s, sharings
 from ukd_ros.distillation.train import train_on_folders
 from ukd_ros.distillation.train_config import TrainConfig
 
@@ -40,6 +40,14 @@ logger = logging.getLogger(__name__)
 KINDS = ("train", "calibrate", "evaluate")
 CHECKPOINT_S = 45.0
 """A run that is killed loses at most so many seconds; writing one and drawing its curves takes one."""
+
+CHECKPOINTS = {
+    "trunk": ("trunk/*/checkpoint.pt", False),
+    "teach": ("teachers/*/checkpoint.pt", True),
+    "distil": ("[sl]*t/checkpoint.pt", False),
+    "train": ("[sl]*t/checkpoint.pt", False),
+}
+"""Where a stage's checkpoints lie in the work folder (student and last), and whether all teachers must have theirs."""
 
 TIMED_VIEWS = (1, 12)
 """Views that the finished student is timed on: the difference is what more views take."""
@@ -67,6 +75,10 @@ class Stages(Protocol):
 
     def tune(self, rates: Rates) -> None:
         """Take what the probe found, also that of an earlier call: threads, and how often a checkpoint is written."""
+        ...
+
+    def unsaved_s(self, stage: str) -> float:
+        """Return the seconds of a stage's work that would be lost now, if this process were killed."""
         ...
 
     def render(self, kind: str, count: int, left_s: Callable[[], float]) -> int:
@@ -118,7 +130,7 @@ class RealStages:
     ) -> None:  # fmt: skip
         self.config, self.source, self.scene, self.work = config, source, scene, work
         self.training = replace(config.train, keypoint_kind=keypoint_kind, seed=config.seed)
-        self.threads, self.processes, self._step_s = 0, 1, math.inf
+        self.threads, self.processes, self._step_s, self._teach_every = 0, 1, math.inf, self.training.checkpoint_every
         self._bags, self._progress, self._tell, self._now = tuple(bags), progress, tell, now
 
     def folder(self, kind: str) -> Path:
@@ -127,14 +139,25 @@ class RealStages:
 
     def probe(self, ensemble: bool, left_s: Callable[[], float]) -> Rates:
         """See `Stages`; the images are the first ones of those for calibration, so they are not lost."""
-        trial = Trial(self.training, self.folder("calibrate"), self.work, left_s, self._now)
+        trial = Trial(self.training, self.scene, self.folder("calibrate"), self.work, left_s, self._now)
         return trial.rates(lambda count: self._render("calibrate", count), self.config.teachers if ensemble else 0)
 
     def tune(self, rates: Rates) -> None:
         """See `Stages`."""
         self.threads, self.processes, self._step_s = rates.threads, rates.processes, rates.step_s
-        every = max(10, int(CHECKPOINT_S / rates.step_s))
+        self._teach_every = checkpoint_every(rates.teaching())
+        every = checkpoint_every(rates)
         self.training = replace(self.training, checkpoint_every=every, log_every=min(self.training.log_every, TICKS))
+
+    def unsaved_s(self, stage: str) -> float:
+        """See `Stages`; renders, and what comes of a bag, are kept as they come."""
+        if stage not in CHECKPOINTS:
+            return 0.0
+        pattern, all_of_them = CHECKPOINTS[stage]
+        written = sorted(path.stat().st_mtime for path in self.work.glob(pattern))
+        if len(written) < (self.config.teachers if all_of_them else 1):
+            return math.inf
+        return time.time() - (written[0] if all_of_them else written[-1])
 
     def render(self, kind: str, count: int, left_s: Callable[[], float]) -> int:
         """See `Stages`."""
@@ -212,9 +235,9 @@ class RealStages:
         config, out = replace(self.training, steps=steps, hold=1.0, seed=seed), self.work / "trunk"
         folder = member_folder(out, seed)
         if self.processes == 1:  # alone, with all cores: in a fork, because this process must not start their threads
-            data, models, _ = open_folders(config, [self.folder("train")], progress=self._progress)
-            budget = left_s()
-            train_ensemble(config, 1, data, models, out, resume=True, time_budget_s=budget, progress=self._progress)
+            # where the trial found two processes slower than one thread, other programs hold the other cores
+            config = replace(config, threads=1 if sharings(self.training, True) else config.threads)
+            self._ensemble(config, 1, out, left_s)
             return _trained(folder, config, None)
         with self._paced(left_s, 0.0) as pace:
             train_on_folders(
@@ -224,25 +247,33 @@ class RealStages:
 
     def teach(self, steps: int, left_s: Callable[[], float], trunk: Path) -> list[Trained]:
         """See `Stages`."""
-        config = replace(self.training, steps=steps, initial=str(trunk))
-        data, models, _ = open_folders(config, [self.folder("train")], progress=self._progress)
+        config = replace(self.training, steps=steps, initial=str(trunk), checkpoint_every=self._teach_every)
         count, out = self.config.teachers, self.work / "teachers"
-        train_ensemble(config, count, data, models, out, resume=True, time_budget_s=left_s(), progress=self._progress)
+        self._ensemble(config, count, out, left_s)
         return [_trained(member_folder(out, config.seed + i), config, None) for i in range(count)]
 
-    def _beside_teachers(self, steps: int, initial: Path, threads: int) -> DistillConfig:
-        """Return how the student learns beside teachers, who are asked about every third window once."""
+    def _ensemble(self, config: TrainConfig, count: int, out: Path, left_s: Callable[[], float]) -> None:
+        """Train in forks, for as long as is left; who asks while they work notes the time that is used up."""
+        data, models, _ = open_folders(config, [self.folder("train")], progress=self._progress)
+        train_ensemble(
+            config, count, data, models, out, resume=True, time_budget_s=left_s(), waiting=left_s,
+            progress=self._progress,
+        )  # fmt: skip
+
+    def _beside_teachers(self, steps: int, initial: Path, threads: int, number: int) -> DistillConfig:
+        """Return how the student learns beside teachers, who are asked about every third window once.
+
+        `number`: of the windows that nobody has seen before, which ones.
+        """
         plain = {item.name: getattr(self.training, item.name) for item in fields(TrainConfig)}
         plain |= {"steps": steps, "initial": str(initial), "threads": threads}
-        windows, window_seed = (
-            max(1, steps * self.training.batch_size // 3),
-            self.config.seed + self.config.teachers + 1,
-        )
-        return DistillConfig(**plain, guide=self.config.guide, windows=windows, window_seed=window_seed)
+        windows = max(1, steps * self.training.batch_size // 3)
+        seed = self.config.seed + self.config.teachers + number
+        return DistillConfig(**plain, guide=self.config.guide, windows=windows, window_seed=seed)
 
     def distil(self, steps: int, left_s: Callable[[], float], reserve_s: float, teachers: Sequence[Path]) -> Trained:
         """See `Stages`; the teachers are asked about every third window once."""
-        config = self._beside_teachers(steps, teachers[0], 1 if self.processes > 1 else cores())
+        config = self._beside_teachers(steps, teachers[0], 1 if self.processes > 1 else cores(), 1)
         folder = self.work / "student"
         with self._paced(left_s, reserve_s) as pace:
             distill_on_folders(
@@ -258,7 +289,8 @@ class RealStages:
         from ukd_ros.distillation.from_bags import distill_from_bags  # reads bags: needs rosbags
 
         distil = replace(
-            self._beside_teachers(steps, initial, cores()), unlabelled_share=FromBagsConfig().distill.unlabelled_share
+            self._beside_teachers(steps, initial, cores(), 2),
+            unlabelled_share=FromBagsConfig().distill.unlabelled_share,
         )
 
         def watch(progress: Progress) -> None:
@@ -334,6 +366,11 @@ class RealStages:
             "false_alarms": report.false_alarms,
             "latency_ms": report.latency_ms["p50"],
         }
+
+
+def checkpoint_every(rates: Rates) -> int:
+    """Return the steps between checkpoints."""
+    return max(10, int(CHECKPOINT_S / rates.step_s))
 
 
 def _trained(folder: Path, config: TrainConfig, step_s: float | None) -> Trained:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,9 @@ from typing import Any
 
 from ukd_ros.data.whole_files import write_bytes
 
-FORMAT = 2
+FORMAT = 3
+WAIT_S = 3.0
+"""So long the forks of a process that was killed may hold its folder."""
 STATE = "state.json"
 
 
@@ -27,13 +30,22 @@ class WorkError(RuntimeError):
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a work folder for this process; WorkError when another one works there. A dead process holds nothing."""
+    """Hold a work folder for this process; WorkError when another one works there.
+
+    A dead process holds it until its forks, which work there too, have noticed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + WAIT_S
     with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise WorkError(f"{folder}: another ukd new-object is working there; wait for it, or stop it.") from error
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > end:
+                    busy = f"{folder}: another ukd new-object is working there; wait for it, or stop it."
+                    raise WorkError(busy) from error
+                time.sleep(0.1)
         yield
 
 

@@ -17,11 +17,12 @@ import numpy as np
 
 from ukd_ros.data.progress import Progress, Stopped, listening
 from ukd_ros.data.render_dataset import CHUNK
+from ukd_ros.data.scenes import SceneConfig
 from ukd_ros.distillation.device import train_device
 from ukd_ros.distillation.ensemble import member_folder, side_by_side, train_ensemble
 from ukd_ros.distillation.folders import open_folders
 from ukd_ros.distillation.forked import CAN_FORK, ForkError
-from ukd_ros.distillation.new_object_plan import Rates
+from ukd_ros.distillation.new_object_plan import MOST, Rates
 from ukd_ros.distillation.parallel import Processes
 from ukd_ros.distillation.train import train_on_folders
 from ukd_ros.distillation.train_config import TrainConfig
@@ -29,18 +30,23 @@ from ukd_ros.distillation.train_config import TrainConfig
 logger = logging.getLogger(__name__)
 
 PROBE_IMAGES = 4 * CHUNK
+MEMORY_PART = 0.6
+VIEW_BYTES_PER_PIXEL = 4.3
+"""Measured: 6,000 views of 480x360 take 4.5 GB, with their masks and labels."""
+
 PROBE_STEPS = 6
 SLOWER = "slower than one thread of one process"
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Times a `training` of a few steps on the renders in `data`, below the folder `work`.
+    """Times a `training` of a few steps on the renders of `scene` in `data`, below the folder `work`.
 
     `left_s`: the seconds that the trial may still take; `now`: the clock.
     """
 
     training: TrainConfig
+    scene: SceneConfig
     data: Path
     work: Path
     left_s: Callable[[], float]
@@ -69,7 +75,7 @@ class Trial:
         if teachers:
             start_s, step_s = self._time_teachers(teachers)
             rates = replace(rates, train_start_s=max(start_s, rates.train_start_s), teach_step_s=step_s)
-        return rates
+        return replace(rates, most_views=min(rates.most_views, views_in_memory(self.scene)))
 
     def _time_renders(self, render: Callable[[int], None]) -> tuple[float, float]:
         """Return the seconds until the renderer runs, and per image."""
@@ -132,6 +138,17 @@ class Trial:
             yield folder, replace(self.training, steps=PROBE_STEPS, log_every=1)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def views_in_memory(scene: SceneConfig) -> int:
+    """Return how many decoded views of a scene fit into the part of the memory that a training may take."""
+    try:
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), free)
+    except (OSError, ValueError):  # a system that does not say
+        return MOST["train"]
+    return int(MEMORY_PART * free / (VIEW_BYTES_PER_PIXEL * scene.width * scene.height))
 
 
 def cores() -> int:

@@ -248,11 +248,12 @@ def test_label_topics_are_checked(tmp_path: Path) -> None:
 
 
 def test_interpolation_is_exact_at_samples_and_on_screws(rng: np.random.Generator) -> None:
-    series = PoseSeries()
     stamps = rng.permutation(20) * 10**8
+    between = rng.integers(0, 19 * 10**8, 50).tolist()
+    series = PoseSeries([*between, *stamps.tolist(), 19 * 10**8 + 2000, 5 * 10**7])
     for stamp in stamps.tolist():  # in any order
         series.add(stamp, truth(START + stamp))
-    for stamp in rng.integers(0, 19 * 10**8, 50).tolist():
+    for stamp in [*between, *stamps.tolist()]:
         np.testing.assert_allclose(series.at(stamp, 10**8).minus(truth(START + stamp)), 0, atol=1e-9)
     with pytest.raises(Unknown, match="both sides"):
         series.at(19 * 10**8 + 2000, 10**8)
@@ -282,4 +283,26 @@ def test_the_tree_keeps_only_what_an_image_may_ask_for() -> None:
     tree = FrameTree([10**9, 5 * 10**9], 10**8)
     for stamp in range(0, 10**10, 10**7):
         tree.add("a", "b", stamp, Pose.identity(), static=False)
-    assert len(tree._moving["b"].stamps) == 2 * 21
+    assert len(tree._moving["b"]) <= 3  # stretches beside two stamps
+    tree.connect("b", "c")
+    tree.keep(["/b", "a"])
+    for stamp in range(0, 10**10, 10**7):
+        tree.add("b", "c", stamp, Pose.identity(), static=False)
+    assert "c" not in tree._moving  # nobody asks for that joint
+
+
+def test_poses_between_wanted_stamps_are_not_kept_and_change_nothing(rng: np.random.Generator) -> None:
+    wanted = np.sort(rng.integers(0, 10**9, 7))
+    stamps = rng.integers(-(10**8), 11 * 10**8, 5000)
+    stamps = np.concatenate([stamps, wanted[:2], stamps[:50], rng.integers(0, 3, 4) - 1 + wanted[2]])
+    poses = [Pose(exp_so3(rng.normal(size=3)), rng.normal(size=3)) for _ in stamps]
+    series, every = PoseSeries(wanted), PoseSeries([*wanted, *stamps])
+    for number, stamp in enumerate(stamps.tolist()):
+        series.add(stamp, poses[number])
+        every.add(stamp, poses[number])
+    assert len(series) <= 8
+    for stamp in wanted.tolist():
+        np.testing.assert_array_equal(series.at(stamp, 10**8).matrix(), every.at(stamp, 10**8).matrix())
+    exact = dict(zip(stamps.tolist(), poses, strict=True))  # the last counts
+    for stamp in wanted[:2].tolist():
+        np.testing.assert_array_equal(series.at(stamp, 10**8).matrix(), exact[stamp].matrix())

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from ukd_ros.data.rosbag.message_types import DETECTIONS_TYPE, POSE_TYPE, POSE_TYPES, TF_TYPES
 from ukd_ros.data.rosbag.options import BagOptions
@@ -41,8 +44,8 @@ class LabelSource:
         self._gap = round(options.label_max_gap_s * 1e9)
         self._options = options
         self.unusable: Counter[str] = Counter()
-        stamps = [image.stamp_ns for image in images]
-        self._tree = FrameTree(stamps, self._gap)
+        self._stamps = np.unique(np.array([image.stamp_ns for image in images], dtype=np.int64))
+        self._tree = FrameTree(self._stamps, self._gap)
         self._series: dict[tuple[str, str], PoseSeries] = {}  # object, frame -> poses
         self._crowds: dict[str, dict[int, list[tuple[str, Pose]]]] = {}  # object -> stamp -> several instances
         topics = _topics(bag, options)
@@ -50,8 +53,9 @@ class LabelSource:
         frames = {bare(image.frame_id) for image in images}
         if topics:
             self._read_topics(bag, topics)
-        if options.label_frames or any(bare(frame) not in frames for _, frame in self._frames()):
-            self._read_transforms(bag)
+        others = {*options.label_frames, *(bare(frame) for frame in self._frames())} - frames
+        if others or options.label_frames:
+            self._read_transforms(bag, frames | others)
 
     def labels(self, image: Stamped) -> tuple[list[FrameLabel], list[str]]:
         """Return the labels of an image, and why others could not be given."""
@@ -83,11 +87,10 @@ class LabelSource:
     def _followed(self, series: PoseSeries, frame: str, image: Stamped) -> Pose:
         return self._bring(frame, series.at(image.stamp_ns, self._gap), image)
 
-    def _frames(self) -> list[tuple[str, str]]:
-        crowded = [
-            (name, frame) for name, crowd in self._crowds.items() for some in crowd.values() for frame, _ in some
-        ]
-        return [*self._series, *crowded]
+    def _frames(self) -> set[str]:
+        """Return the frames in which poses were given."""
+        crowded = {frame for crowd in self._crowds.values() for some in crowd.values() for frame, _ in some}
+        return crowded | {frame for _, frame in self._series}
 
     def _bring(self, frame: str, pose: Pose, image: Stamped) -> Pose:
         """Return a pose of another frame in the image's; Unknown when /tf does not connect them."""
@@ -111,7 +114,7 @@ class LabelSource:
                 self.unusable["poses that are none (no unit quaternion, or not finite)"] += 1
 
     def _note(self, name: str, stamp: int, frame: str, pose: Pose) -> None:
-        self._series.setdefault((name, frame), PoseSeries()).add(stamp, pose)
+        self._series.setdefault((name, frame), PoseSeries(self._stamps)).add(stamp, pose)
 
     def _note_detections(self, stamp: int, message: Any) -> None:
         """Note the best hypothesis of every detection; a class seen once in a message is followed over time."""
@@ -126,23 +129,38 @@ class LabelSource:
         for name, instances in found.items():
             if len(instances) == 1:
                 self._note(name, stamp, *instances[0])
-            else:  # which is which in the next message is not known: these serve images of this very stamp only
+            elif self._asks_for(stamp):  # which is which in the next is not known: they serve images of this stamp only
                 self._crowds.setdefault(name, {})[stamp] = instances
 
-    def _read_transforms(self, bag: BagReader) -> None:
+    def _asks_for(self, stamp: int) -> bool:
+        """Return whether an image has this very stamp (ns)."""
+        at = int(np.searchsorted(self._stamps, stamp))
+        return at < len(self._stamps) and int(self._stamps[at]) == stamp
+
+    def _read_transforms(self, bag: BagReader, frames: set[str]) -> None:
+        """Read what joins frames: first who is whose parent, so that of a robot's many joints few are kept."""
         topics = [topic for topic, kind in bag.topics.items() if kind in TF_TYPES]
         for message in bag.messages(topics) if topics else ():
             try:
                 for transform in message.decoded().transforms:
-                    at, turn = transform.transform.translation, transform.transform.rotation
-                    pose = Pose.from_quaternion([turn.x, turn.y, turn.z, turn.w], [at.x, at.y, at.z])
-                    parent, child = str(transform.header.frame_id), str(transform.child_frame_id)
-                    static = message.topic.endswith(STATIC)
-                    self._tree.add(parent, child, stamp_ns(transform.header.stamp), pose, static)
+                    self._tree.connect(str(transform.header.frame_id), str(transform.child_frame_id))
             except BagError:
                 self.unusable["messages of /tf that cannot be decoded"] += 1
-            except ValueError:
-                self.unusable["transforms that are none (no unit quaternion, or not finite)"] += 1
+        self._tree.keep(frames)
+        for message in bag.messages(topics) if topics else ():
+            with suppress(BagError):  # counted above
+                for transform in message.decoded().transforms:
+                    self._note_transform(transform, message.topic.endswith(STATIC))
+
+    def _note_transform(self, message: Any, static: bool) -> None:
+        at, turn = message.transform.translation, message.transform.rotation
+        try:
+            pose = Pose.from_quaternion([turn.x, turn.y, turn.z, turn.w], [at.x, at.y, at.z])
+        except ValueError:
+            self.unusable["transforms that are none (no unit quaternion, or not finite)"] += 1
+            return
+        parent, child = str(message.header.frame_id), str(message.child_frame_id)
+        self._tree.add(parent, child, stamp_ns(message.header.stamp), pose, static)
 
 
 def read_labels(

@@ -6,10 +6,12 @@ Rotation goes along the geodesic (slerp), translation along the straight line. N
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from ukd_ros.geometry.pose import Pose
 
@@ -23,62 +25,98 @@ class Unknown(ValueError):
     """No pose can be given; the text says why, in words that do not depend on the image."""
 
 
-@dataclass
 class PoseSeries:
-    """Poses of one thing in one frame by their stamps (ns)."""
+    """Poses of one thing in one frame, for the stamps (ns) that will be asked for.
 
-    stamps: list[int] = field(default_factory=list)
-    poses: list[Pose] = field(default_factory=list)
-    _sorted: bool = True
+    Only the nearest pose before and after each of these is kept, as bytes: a bag may hold millions.
+    """
+
+    def __init__(self, wanted_ns: Sequence[int] | npt.NDArray[np.int64]) -> None:
+        self._wanted = np.unique(np.asarray(wanted_ns, dtype=np.int64))
+        # number of the first wanted stamp that is not before -> the first and the last pose of that stretch
+        self._stretches: dict[int, tuple[_Kept, _Kept]] = {}
+        self._order: list[int] = []
+
+    def __len__(self) -> int:
+        """Return the number of stretches between wanted stamps that hold poses; of each two are kept."""
+        return len(self._stretches)
 
     def add(self, stamp_ns: int, pose: Pose) -> None:
         """Note a pose; of two with one stamp the last counts."""
-        self._sorted = self._sorted and (not self.stamps or stamp_ns > self.stamps[-1])
-        self.stamps.append(stamp_ns)
-        self.poses.append(pose)
+        stretch = int(np.searchsorted(self._wanted, stamp_ns))
+        new = _Kept(stamp_ns, np.vstack([pose.rotation, pose.translation]).tobytes())
+        first, last = self._stretches.get(stretch, (new, new))
+        self._stretches[stretch] = (
+            new if stamp_ns <= first.stamp_ns else first,
+            new if stamp_ns >= last.stamp_ns else last,
+        )
 
     def at(self, stamp_ns: int, max_gap_ns: int) -> Pose:
-        """Return the pose at a time between two that are both at most ``max_gap_ns`` away; Unknown otherwise."""
-        if not self._sorted:
-            kept = dict(zip(self.stamps, self.poses, strict=True))
-            self.stamps = sorted(kept)
-            self.poses = [kept[stamp] for stamp in self.stamps]
-            self._sorted = True
-        at = bisect_left(self.stamps, stamp_ns)
-        for near in (at - 1, at):
-            if 0 <= near < len(self.stamps) and abs(self.stamps[near] - stamp_ns) <= EXACT_NS:
-                return self.poses[near]
-        if at == 0 or at == len(self.stamps):
+        """Return the pose at a wanted time between two that are both at most ``max_gap_ns`` away; Unknown otherwise."""
+        stretch = int(np.searchsorted(self._wanted, stamp_ns))
+        if stretch == len(self._wanted) or self._wanted[stretch] != stamp_ns:
+            raise KeyError(f"no pose at {stamp_ns} ns was asked for")
+        if len(self._order) != len(self._stretches):
+            self._order = sorted(self._stretches)
+        later = bisect_right(self._order, stretch)
+        before = self._stretches[self._order[later - 1]][1] if later > 0 else None
+        after = self._stretches[self._order[later]][0] if later < len(self._order) else None
+        for near in (before, after):
+            if near is not None and abs(near.stamp_ns - stamp_ns) <= EXACT_NS:
+                return near.pose()
+        if before is None or after is None:
             raise Unknown("no pose on both sides of the image's stamp")
-        before, after = self.stamps[at - 1], self.stamps[at]
-        if stamp_ns - before > max_gap_ns or after - stamp_ns > max_gap_ns:
+        if stamp_ns - before.stamp_ns > max_gap_ns or after.stamp_ns - stamp_ns > max_gap_ns:
             raise Unknown("the nearest poses are too far from the image's stamp (label_max_gap_s)")
-        first, second = self.poses[at - 1], self.poses[at]
-        return first.retract((stamp_ns - before) / (after - before) * second.minus(first))
+        first, second = before.pose(), after.pose()
+        part = (stamp_ns - before.stamp_ns) / (after.stamp_ns - before.stamp_ns)
+        return first.retract(part * second.minus(first))
+
+
+class _Kept(NamedTuple):
+    """A pose's stamp (ns), and its rotation and translation as the bytes of float64 [4, 3]."""
+
+    stamp_ns: int
+    content: bytes
+
+    def pose(self) -> Pose:
+        rows = np.frombuffer(self.content).reshape(4, 3)
+        return Pose(rows[:3], rows[3])
 
 
 class FrameTree:
     """Transforms between named frames over time. Names are compared without a leading slash, as tf2 does."""
 
-    def __init__(self, wanted_ns: list[int], max_gap_ns: int) -> None:
-        """Keep only transforms that may serve a stamp of ``wanted_ns``, so that a long bag takes no more memory."""
-        self._wanted = np.unique(np.array(wanted_ns, dtype=np.int64))
+    def __init__(self, wanted_ns: Sequence[int] | npt.NDArray[np.int64], max_gap_ns: int) -> None:
+        """Keep only what serves a stamp of ``wanted_ns`` (`keep`: between frames named), whatever a bag's length."""
+        self._wanted = np.unique(np.asarray(wanted_ns, dtype=np.int64))
         self._gap = max_gap_ns
         self._parents: dict[str, str] = {}
         self._static: dict[str, Pose] = {}
         self._moving: dict[str, PoseSeries] = {}
         self._twice: set[str] = set()
+        self._kept: set[str] | None = None
 
-    def add(self, parent: str, child: str, stamp_ns: int, T_parent_child: Pose, static: bool) -> None:
-        """Note one transform."""
+    def connect(self, parent: str, child: str) -> None:
+        """Note that two frames are joined; what `keep` finds between frames is made of these."""
         parent, child = bare(parent), bare(child)
         if self._parents.setdefault(child, parent) != parent:
             self._twice.add(child)
+
+    def keep(self, frames: Iterable[str]) -> None:
+        """Keep, of what is added from now on, only transforms between these frames."""
+        self._kept = {above for frame in frames for above in self._ancestors(bare(frame))}
+
+    def add(self, parent: str, child: str, stamp_ns: int, T_parent_child: Pose, static: bool) -> None:
+        """Note one transform."""
+        self.connect(parent, child)
+        parent, child = bare(parent), bare(child)
+        if self._parents[child] != parent or (self._kept is not None and child not in self._kept):
             return
         if static:
             self._static[child] = T_parent_child
         elif self._serves(stamp_ns):
-            self._moving.setdefault(child, PoseSeries()).add(stamp_ns, T_parent_child)
+            self._moving.setdefault(child, PoseSeries(self._wanted)).add(stamp_ns, T_parent_child)
 
     def transform(self, target: str, source: str, stamp_ns: int) -> Pose:
         """Return ``T_target_source`` at a time; Unknown says why there is none."""
