@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
-from data.rosbag.making import START, Recorded, stream, write_mcap, write_ros2
+from data.rosbag.making import START, Recorded, pose_stamped, stream, write_mcap, write_ros2
 
 from ukd_ros.cli import main
 from ukd_ros.data.bop import BopDataset
-from ukd_ros.data.rosbag.message_types import INFO_TYPE
+from ukd_ros.data.rosbag.message_types import INFO_TYPE, POSE_TYPE
+from ukd_ros.geometry.pose import Pose
 
 
 def test_info_says_what_is_there_and_what_would_be_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,6 +74,23 @@ def test_to_bop_writes_a_folder_and_its_account(tmp_path: Path, capsys: pytest.C
     report = json.loads((out / "report.json").read_text())
     total = len(BopDataset(out, split="train")) + len(BopDataset(out, split="held_out"))
     assert total == report["train"] + report["held_out"] == 30
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [("part", "1=part"), ("\x1b[31m$(touch x)", "1=?[31m$(touch x)"), ("a b'; rm x", "1=a b'; rm x")],
+)
+def test_to_bop_names_the_objects_of_a_bag_in_words_that_a_shell_leaves_alone(
+    name: str, word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pose = pose_stamped(START, Pose(np.eye(3), np.array([0.0, 0.0, 0.5])))
+    bag = write_ros2(tmp_path / "bag", [*stream(3), Recorded(f"/truth/{name}/pose", POSE_TYPE, START, pose)])
+    words = ["bag", "to-bop", str(bag), "--out", str(tmp_path / "out"), "--quiet", "--set", "held_out=0"]
+    assert main(words) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if line.startswith("labelled objects: ")]
+    assert shlex.split(line)[2:] == ["--name", word]
+    assert shlex.quote(word) in line and "\x1b" not in said
 
 
 def test_settings_printed_are_settings_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

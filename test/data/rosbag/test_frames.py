@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ from ukd_ros.data.bop import BopDataset
 from ukd_ros.data.rosbag.frames import BagFramesReport, BagOptions, bags_to_bop
 from ukd_ros.data.rosbag.message_types import IMAGE_TYPES, INFO_TYPE, store
 from ukd_ros.data.rosbag.plan import make_plan
-from ukd_ros.data.rosbag.survey import Frame, Survey, timeline
+from ukd_ros.data.rosbag.survey import Frame, Survey, dumps, loads, survey_bag, timeline
 from ukd_ros.data.undistortion import undistorted
 from ukd_ros.data.whole_files import write_bytes
 from ukd_ros.geometry.camera import Camera, DistortionModel
@@ -323,17 +325,64 @@ def test_a_clock_that_jumps_while_recording_mixes_no_blocks(jump_s: int, storage
     assert np.abs(train[:, None] - held[None]).min() >= 0.25e9, "by the camera's own clock, which was right"
 
 
-def test_a_camera_clock_that_jumps_is_counted(tmp_path: Path) -> None:
+def off_by(*offsets_ns: int) -> list[Recorded]:
+    """Return a stream recorded by a right clock, whose camera's clock is off by so much at each image."""
     messages = []
-    for number in range(20):
+    for number, offset in enumerate(offsets_ns):
         at = START + number * STEP
-        stamp = at - 3600 * 10**9 if number >= 10 else at
         messages += [
-            Recorded(INFO, INFO_TYPE, at, info(stamp)),
-            Recorded(IMAGE, IMAGE_TYPES[0], at, raw_image(painting(number), stamp)),
+            Recorded(INFO, INFO_TYPE, at, info(at + offset)),
+            Recorded(IMAGE, IMAGE_TYPES[0], at, raw_image(painting(number), at + offset)),
         ]
-    report = convert(write_ros2(tmp_path / "bag", messages), tmp_path / "out")
-    assert report.bags[0].clock_jumps == 1 and report.train == 20 and report.scenes == 1
+    return messages
+
+
+def scene_stamps(out: Path) -> list[list[int]]:
+    """Return the stamps of every scene, in the order of its images."""
+    tables = [json.loads(file.read_text()) for file in sorted(out.glob("[th]*/[0-9]*/frames.json"))]
+    return [[table[key]["stamp_ns"] for key in sorted(table, key=int)] for table in tables]
+
+
+def test_a_camera_clock_that_jumps_is_counted(tmp_path: Path) -> None:
+    report = convert(write_ros2(tmp_path / "bag", off_by(*[0] * 10, *[-3600 * 10**9] * 10)), tmp_path / "out")
+    assert report.bags[0].clock_jumps == 1 and report.train == 20 and report.scenes == 2
+
+
+def test_what_a_camera_clock_set_back_lays_over_each_other_are_two_scenes(tmp_path: Path) -> None:
+    convert(write_ros2(tmp_path / "bag", off_by(*[0] * 20, *[-(10**9)] * 20)), tmp_path / "out")
+    before, after = scene_stamps(tmp_path / "out")
+    assert before == [START + n * STEP for n in range(20)]
+    assert after == [START + n * STEP for n in range(10, 30)], "neighbours in time are neighbours"
+
+
+def test_images_that_overtook_each_other_are_one_scene_by_their_stamps(tmp_path: Path) -> None:
+    offsets = [0, 0, STEP, -STEP, 0, 0]
+    report = convert(write_ros2(tmp_path / "bag", off_by(*offsets)), tmp_path / "out")
+    assert scene_stamps(tmp_path / "out") == [[START + n * STEP for n in range(6)]]
+    assert report.bags[0].clock_jumps == 0
+    np.testing.assert_array_equal(BopDataset(tmp_path / "out", split="train").image(2), painting(3))
+
+
+def test_a_camera_without_a_clock_gives_one_scene(tmp_path: Path) -> None:
+    offsets = [0, 0, -START - 2 * STEP, 0, -START - 4 * STEP, 0]
+    report = convert(write_ros2(tmp_path / "bag", off_by(*offsets)), tmp_path / "out")
+    assert report.scenes == 1 and report.train == 6
+
+
+def test_a_camera_clock_has_no_say_in_what_is_held_out(tmp_path: Path) -> None:
+    held = []
+    for name, offsets in (
+        ("right", [0] * 100),
+        ("to_and_fro", [0, 3600 * 10**9] * 50),
+        ("back", [0] * 50 + [-STEP * 20] * 50),
+    ):
+        report = convert(write_ros2(tmp_path / name, off_by(*offsets)), tmp_path / "out" / name, SPLIT)
+        held.append(
+            [sorted(n["recorded_ns"] for n in notes(tmp_path / "out" / name, s)) for s in ("train", "held_out")]
+        )
+        assert all(stamps == sorted(stamps) for stamps in scene_stamps(tmp_path / "out" / name))
+        assert report.split_by == "block"
+    assert held[0] == held[1] == held[2]
 
 
 # ---- topics ------------------------------------------------------------------------------------------------------
@@ -543,6 +592,99 @@ s.write_bytes = lambda p, d: (time.sleep(0.03), w(p, d)); import ukd_ros.cli as 
     assert 1 <= done
     report = convert(bag, out, SPLIT)
     assert tree(out) == tree(tmp_path / "unbroken") and report.scenes > done - 1
+
+
+def test_a_first_scene_that_was_killed_binds_the_folder_to_nothing(tmp_path: Path) -> None:
+    bag, out = write_ros2(tmp_path / "bag", stream(50)), tmp_path / "out"
+    convert(bag, out)
+    os.rename(out / "train" / "000000", out / "train" / ".000000.partial")  # as kill -9 leaves it
+    (out / "train" / ".000007.partial").mkdir()
+    report = convert(bag, out, SPLIT)
+    assert report.split_by == "block" and not list(out.rglob(".*partial"))
+    with pytest.raises(BagError, match="another held_out"):
+        convert(bag, out)
+
+
+def test_processes_look_through_every_bag_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bags = [write_ros2(tmp_path / f"bag{n}", stream(4, first=10 * n)) for n in range(2)]
+    looked: list[str] = []
+
+    def slowly(path: Path, *more: Any) -> Survey:
+        looked.append(path.name)
+        time.sleep(0.3 if path.name == "bag0" else 0.8)
+        return survey_bag(path, *more)
+
+    monkeypatch.setattr("ukd_ros.data.rosbag.frames.survey_bag", slowly)
+    reports: dict[int, BagFramesReport] = {}
+
+    def work(rank: int) -> None:
+        reports[rank] = convert(bags, tmp_path / "out", processes=(rank, 2))
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(looked) == ["bag0", "bag1"]
+    assert reports[0].to_mapping() == reports[1].to_mapping() and reports[0].train == 8
+    monkeypatch.undo()
+    convert(bags, tmp_path / "alone")
+    assert tree(tmp_path / "out") == tree(tmp_path / "alone"), "nothing of the waiting is left"
+
+
+def test_a_bag_whose_process_dies_is_looked_through_by_another(
+    tmp_path: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bag, out = write_ros2(tmp_path / "bag", stream(4)), tmp_path / "out"
+    code = f"""if True:
+        import time, ukd_ros.data.rosbag.frames as f
+        f.survey_bag = lambda *_: (print("looking", flush=True), time.sleep(600))
+        f.bags_to_bop([{str(bag)!r}], {str(out)!r}, f.BagOptions(held_out=0.0, min_change=0.0), processes=(1, 2))"""
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=repo_root, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "looking\n"
+    events: list[str] = []
+
+    def kill() -> None:
+        events.append("killed")
+        other.kill()
+
+    def watched(*arguments: Any) -> Survey:
+        events.append("looked")
+        return survey_bag(*arguments)
+
+    monkeypatch.setattr("ukd_ros.data.rosbag.frames.survey_bag", watched)
+    killer = threading.Timer(0.5, kill)
+    killer.start()
+    assert convert(bag, out, processes=(0, 2)).train == 4
+    killer.join()
+    other.communicate()
+    assert events == ["killed", "looked"], "it waited as long as the other lived, and no longer"
+
+
+def test_a_survey_of_many_frames_is_small_to_hold_write_and_read(tmp_path: Path) -> None:
+    bag = write_ros2(tmp_path / "bag", stream(5))
+    small = survey_bag(bag, "bag", ALL, False)
+    label = {"name": "part", "R": [1.0, 0, 0, 0, 1, 0, 0, 0, 1], "t": [0.1, 0.2, 0.5]}
+    small.frames[1] = replace(small.frames[1], labels=(label, label))
+    assert loads(dumps(small)) == small
+    assert len({id(frame.frame_id) for frame in small.frames}) == 1, "one text for all"
+
+    count = 20_000
+    times = [START + n * STEP for n in range(count)]
+    frames = [Frame((at, 0, 1, 1000 + n, n), at, "camera", at - START, 0, 0) for n, at in enumerate(times)]
+    many = replace(small, frames=frames)
+    tracemalloc.start()
+    try:
+        data = dumps(many)
+        written = tracemalloc.get_traced_memory()[1] / count
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        again = loads(data)
+        read = (tracemalloc.get_traced_memory()[1] - before) / count
+    finally:
+        tracemalloc.stop()
+    assert again == many and again.frames[0].frame_id is again.frames[-1].frame_id
+    assert written < 250 and read < 360, f"{written:.0f} and {read:.0f} bytes a frame at the peak"
 
 
 def test_processes_share_out_the_scenes(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from lz4.frame import LZ4FrameDecompressor
 
-from ukd_ros.data.rosbag.storage import BagError, BrokenMessage
+from ukd_ros.data.rosbag.storage import BagError, BrokenMessage, NoRoom
 
 if sys.version_info >= (3, 14):
     from compression import zstd as zstd
@@ -63,7 +63,7 @@ def decompressed(data: bytes, codec: str, limit: int) -> bytes:
 def unpack_file(packed: Path, out: Path) -> bool:
     """Unpack a .zstd file as far as it goes and return whether it was whole.
 
-    BagError when it grows absurdly or the disk under `out` has too little room. Memory does not depend on its size.
+    BagError when it grows absurdly, NoRoom when the disk under `out` is too full. Memory does not depend on its size.
     """
     written, most = 0, MAX_GROWTH * packed.stat().st_size
     room = shutil.disk_usage(out.parent).free - SPARE_BYTES
@@ -89,7 +89,7 @@ def unpack_file(packed: Path, out: Path) -> bool:
             if written > most:
                 raise BagError(f"{packed}: unpacks to more than {MAX_GROWTH} times its size; it is refused.")
             if written > room:
-                raise BagError(
+                raise NoRoom(
                     f"{packed}: unpacked it does not fit into {out.parent}; free some space there, set TMPDIR to a "
                     f"larger disk, or unpack it yourself (zstd -d) and give the unpacked file."
                 )

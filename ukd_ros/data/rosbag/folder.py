@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from ukd_ros.data.rosbag.storage import BagError
 
 METADATA = "metadata.yaml"
 MAX_METADATA = 8 * 2**20
+MAX_DEPTH, MAX_WORD = 50, 4096
+"""Of metadata: lists within lists, and characters without quotes: to read 1:1:1:... as a number takes their square."""
+
 SUFFIXES = (".mcap", ".db3", ".mcap.zstd", ".db3.zstd")
 KINDS = {"mcap": ".mcap", "sqlite3": ".db3"}
 PLAUSIBLE_NS = 366 * 86400 * 10**9
@@ -53,8 +57,10 @@ def find_files(path: Path) -> BagFiles:
     for entry in sorted(path.iterdir(), key=_natural):
         if not entry.name.endswith(SUFFIXES) or entry.name.startswith("."):
             continue
-        if entry.is_symlink() and path.resolve() not in entry.resolve().parents:
-            warnings.append(f"{entry.name} is a link that leads out of the bag; not followed (name its target instead)")
+        if entry.is_symlink() and not _leads_into(entry, path):
+            warnings.append(
+                f"{entry.name} is a link that leads out of the bag or nowhere; not followed (name its target instead)"
+            )
         elif entry.is_file():
             found.append(entry)
     claims = _read_claims(path / METADATA, warnings)
@@ -91,6 +97,14 @@ def shown(text: str, length: int = 120) -> str:
     """Return a text of a bag fit for a terminal: no control characters, no endless lines."""
     clean = "".join(c if c.isprintable() else "?" for c in text)
     return clean if len(clean) <= length else clean[: length - 3] + "..."
+
+
+def _leads_into(link: Path, folder: Path) -> bool:
+    """Return whether a link ends at something inside of a folder; one that ends nowhere or at itself does not."""
+    try:
+        return folder.resolve() in link.resolve(strict=True).parents
+    except (OSError, RuntimeError):  # RuntimeError: a loop, before Python 3.13
+        return False
 
 
 def _bags_in(path: Path) -> list[str]:
@@ -150,9 +164,7 @@ def _read_claims(path: Path, warnings: list[str]) -> Claims | None:
     try:
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         text = path.read_text(encoding="utf-8")
-        # An alias is a few bytes that stand for as much as one likes; no recorder writes one.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
-            raise ValueError("it has YAML aliases")
+        _refuse_bombs(yaml.parse(text, loader))
         content = yaml.load(text, loader)  # noqa: S506 - a SafeLoader
         about = content["rosbag2_bagfile_information"]
         storage = about.get("storage_identifier")
@@ -167,6 +179,20 @@ def _read_claims(path: Path, warnings: list[str]) -> Claims | None:
         words = " ".join(str(error).split())
         warnings.append(f"{METADATA} cannot be understood ({type(error).__name__}: {shown(words)}); it is not used")
         return None
+
+
+def _refuse_bombs(events: Iterable[yaml.Event]) -> None:
+    """Raise ValueError for YAML, no recorder's, that takes far more time, memory or stack than bytes once composed."""
+    depth = 0
+    for event in events:
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:  # composed by recursion in C, which ends the process
+            raise ValueError(f"its lists are nested more than {MAX_DEPTH} deep")
+        if isinstance(event, yaml.AliasEvent):  # a few bytes that stand for as much as one likes
+            raise ValueError("it has YAML aliases")
+        # implicit[1]: quoted and without a tag, so a text whatever it looks like, such as a QoS profile
+        if isinstance(event, yaml.ScalarEvent) and not event.implicit[1] and len(event.value) > MAX_WORD:
+            raise ValueError(f"it has a word or number of more than {MAX_WORD} characters")
 
 
 def _topics(rows: list[Any]) -> list[tuple[str, int]]:

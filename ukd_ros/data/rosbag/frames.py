@@ -11,7 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,7 +35,7 @@ logger = logging.getLogger(__name__)
 SOURCE_FILE = "bags.json"
 REPORT_FILE = "report.json"
 SURVEYS = ".surveys"
-VERSION = 2
+VERSION = 3
 """Raised whenever the same bags and options give other frames: a folder begun before is not continued."""
 
 PLANNED = ("max_frames", "held_out", "block_s", "guard_s")
@@ -66,8 +68,8 @@ def bags_to_bop(
     """Write the frames of ``bags`` that show something new as the BOP folder ``out``, splits train and held_out.
 
     names: object name -> BOP id of the labels (None: 1, 2, … in the order of the alphabet). processes: (rank, count);
-    processes share out the scenes, and each returns when its own are there. A call that was killed goes on where it
-    was; a finished one returns at once.
+    processes share out bags and scenes, and each returns when its own scenes are there. A call that was killed goes on
+    where it was; a finished one returns at once.
     BagError: a bag that cannot be read, has no images or camera_info, or several topics to choose from; a folder of
     other bags or options; a disk without space (whole scenes stay).
     """
@@ -162,7 +164,7 @@ def _claim(out: Path, description: dict[str, Any]) -> None:
             present = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise BagError(f"{path}: is not valid JSON ({error}); delete this folder or give another.") from error
-        if present != description and not any((out / split).is_dir() for split in (TRAIN, HELD_OUT)):
+        if present != description and not any(any((out / split).glob("[0-9]*")) for split in (TRAIN, HELD_OUT)):
             write_bytes(path, json.dumps(description, indent=2).encode())  # the call before failed: it wrote no scene
         elif present != description:
             raise BagError(
@@ -202,21 +204,49 @@ def _surveys(
     size: int,
     progress: bool,
 ) -> list[Survey]:
-    """Look through the bags that nobody has looked through yet; each process begins with others."""
+    """Look through the bags that nobody has looked through yet; each process begins with others.
+
+    Only then it waits for what others still look through, and makes up for those that died.
+    """
     folder = out / SURVEYS
     folder.mkdir(exist_ok=True)
-    found: dict[int, Survey] = {}
-    first = rank * len(paths) // size
     settings = {key: value for key, value in description["options"].items() if key not in PLANNED}
-    for number in [*range(first, len(paths)), *range(first)]:
-        bag = description["bags"][number]
+    files = []
+    for bag in description["bags"]:
         key = hashlib.sha256(json.dumps([VERSION, bag, settings], sort_keys=True).encode()).hexdigest()[:16]
-        file = folder / f"{key}.json"
-        if not file.is_file():
-            # Two processes may look through one bag at once: they find the same, and the last rename counts.
-            write_bytes(file, dumps(survey_bag(paths[number], bag["name"], options, progress)))
-        found[number] = loads(file.read_bytes())
-    return [found[number] for number in range(len(paths))]
+        files.append(folder / f"{key}.jsonl")
+    first = rank * len(paths) // size
+    for wait in (False, True):
+        for number in [*range(first, len(paths)), *range(first)]:
+            if files[number].is_file():
+                continue
+            with _held(files[number].with_suffix(".lock"), wait) if size > 1 else nullcontext(True) as held:
+                if held and not files[number].is_file():  # who held it before may have made it
+                    survey = survey_bag(paths[number], description["bags"][number]["name"], options, progress)
+                    write_bytes(files[number], dumps(survey))
+    return [loads(file.read_bytes()) for file in files]
+
+
+@contextmanager
+def _held(lock: Path, wait: bool) -> Iterator[bool]:
+    """Keep a bag from the other processes and yield True; False where one of them has it, or wait until none has.
+
+    A process that ends, however it ends, has none any more.
+    """
+    import fcntl  # not everywhere, and not needed by a process that is alone
+
+    with lock.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        except OSError as error:  # several may look through one bag: they find the same, and the last rename counts
+            logger.warning("%s: cannot be locked (%s); bags may be looked through more than once", lock, error)
+        try:
+            yield True
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def _object_ids(surveys: Sequence[Survey], names: Mapping[str, int] | None) -> dict[str, int]:
@@ -232,6 +262,15 @@ def _object_ids(surveys: Sequence[Survey], names: Mapping[str, int] | None) -> d
     return dict(names)
 
 
+def _remove_halves(out: Path, rank: int, size: int) -> None:
+    """Remove what a call that was killed left of this process's scenes: this plan may not have them."""
+    for split in (TRAIN, HELD_OUT):
+        for half in (out / split).glob(".*.partial"):
+            number = half.name.split(".")[1]
+            if number.isdecimal() and int(number) % size == rank:
+                shutil.rmtree(half, ignore_errors=True)
+
+
 def _write_scenes(
     paths: Sequence[Path],
     surveys: Sequence[Survey],
@@ -243,6 +282,7 @@ def _write_scenes(
     progress: bool,
 ) -> None:
     """Write this process's scenes that are not there yet, bag by bag."""
+    _remove_halves(out, rank, size)
     mine = [scene for scene in plan.scenes if scene.scene_id % size == rank]
     todo = [scene for scene in mine if not scene_folder(out, scene).is_dir()]
     total = sum(len(scene.frames) for scene in mine)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -82,7 +83,9 @@ class BagFramesReport:
         how = {"bag": "a whole bag held out", "block": "blocks of time held out", "": "nothing held out"}[self.split_by]
         lines.append(f"{self.train} images to train on, {self.held_out} held out, in {self.scenes} scenes ({how})")
         if self.objects:
-            lines.append("labelled objects: " + " ".join(f"--name {key}={name}" for name, key in self.objects.items()))
+            # Names come out of the bag, and this line is made to be pasted into a shell.
+            words = [f"--name {shlex.quote(f'{key}={shown(name)}')}" for name, key in self.objects.items()]
+            lines.append(f"labelled objects: {' '.join(words)}")
         return "\n".join(lines)
 
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ukd_ros.data.rosbag.folder import shown
 from ukd_ros.data.rosbag.message_types import INFO_TYPE, understood
 from ukd_ros.data.rosbag.options import BagOptions
-from ukd_ros.data.rosbag.reader import BagReader
+from ukd_ros.data.rosbag.reader import BagIndex, BagReader
 from ukd_ros.data.rosbag.storage import BagError
 from ukd_ros.data.rosbag.survey import timeline
 from ukd_ros.data.rosbag.topics import choose_topics, rate_hz
@@ -74,8 +76,8 @@ def bag_info(path: Path | str, options: BagOptions | None = None) -> BagInfo:
     """Return what the bag at ``path`` holds; BagError when nothing of it can be read."""
     options = options or BagOptions()
     with BagReader(path, partial=True) as bag:
-        everything = bag.index().times_ns
-        duration = int(everything.max() - everything.min()) if len(everything) else 0
+        everything = bag.index()
+        duration = int(np.ptp(everything.times_ns)) if len(everything) else 0
         chosen, problem, jumps = "", "", 0
         try:
             found = choose_topics(bag, options)
@@ -92,7 +94,7 @@ def bag_info(path: Path | str, options: BagOptions | None = None) -> BagInfo:
             path=bag.path,
             size=bag.size,
             duration_s=duration / 1e9,
-            topics=tuple(_topics(bag)),
+            topics=tuple(_topics(bag, everything)),
             cameras=cameras,
             chosen=chosen,
             problem=problem,
@@ -103,10 +105,11 @@ def bag_info(path: Path | str, options: BagOptions | None = None) -> BagInfo:
         )
 
 
-def _topics(bag: BagReader) -> list[TopicInfo]:
+def _topics(bag: BagReader, everything: BagIndex) -> list[TopicInfo]:
     counts: Mapping[str, int] = bag.counts
+    rates = {topic: rate_hz(times) for topic, times in bag.times_by_topic(everything).items()}
     return [
-        TopicInfo(topic, kind, counts.get(topic, 0), rate_hz(bag.index([topic]).times_ns), _known(kind))
+        TopicInfo(topic, kind, counts.get(topic, 0), rates.get(topic, 0.0), _known(kind))
         for topic, kind in sorted(bag.topics.items())
     ]
 

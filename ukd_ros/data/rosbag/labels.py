@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ukd_ros.data.rosbag.folder import shown
 from ukd_ros.data.rosbag.message_types import DETECTIONS_TYPE, POSE_TYPE, POSE_TYPES, TF_TYPES
 from ukd_ros.data.rosbag.options import BagOptions
 from ukd_ros.data.rosbag.poses import FrameTree, PoseSeries, Unknown, bare
@@ -184,7 +185,7 @@ def _topics(bag: BagReader, options: BagOptions) -> dict[str, str]:
     for topic, name in out.items():
         kind = kinds.get(topic)
         if kind not in (*POSE_TYPES, DETECTIONS_TYPE):
-            told = "is not in the bag" if kind is None else f"has type {kind}"
+            told = "is not in the bag" if kind is None else f"has type {shown(kind)}"
             wanted = ", ".join((*POSE_TYPES, DETECTIONS_TYPE))
             raise BagError(f"{bag.path}: label topic {topic!r} {told}; labels come from {wanted}, or label_frames.")
         if kind != DETECTIONS_TYPE and not name:

@@ -97,9 +97,12 @@ class McapFile:
         times = np.concatenate([times for times, _, _ in parts])
         numbers = np.concatenate([np.full(len(times), number, np.int64) for times, number, _ in parts])
         where = np.concatenate([where for _, _, where in parts])
-        good = (times >= 0) & (times < FAR_NS)
-        if not good.all():
-            self.damage.add(f"{int((~good).sum())} messages are stamped beyond the year 2116 and left out.")
+        dated, placed = (times >= 0) & (times < FAR_NS), where[:, 1] >= 0
+        if not dated.all():
+            self.damage.add(f"{int((~dated).sum())} messages are stamped beyond the year 2116 and left out.")
+        if not placed.all():
+            self.damage.add(f"the index of {int((~placed).sum())} messages points outside of the file; left out.")
+        good = dated & placed
         # Loose messages (chunk -1) and chunks by their place in the file; there is one kind or the other in practice.
         order = np.lexsort((where[good][:, 1], where[good][:, 0]))
         return Places(times[good][order], numbers[good][order], where[good][order])
@@ -336,7 +339,7 @@ def _text(content: bytes, at: int) -> tuple[str, int]:
 
 
 def _whole(values: object) -> IntArray:
-    """Return unsigned numbers as signed ones; what does not fit becomes negative and is left out later."""
+    """Return unsigned numbers as signed ones; what does not fit becomes negative, which `places` leaves out."""
     return np.asarray(values, dtype=np.uint64).astype(np.int64)
 
 

@@ -58,7 +58,10 @@ class BagOptions:
     held_out: float = field(
         default=0.2, metadata={"help": "Share that is held out, by bag or block.", "unit": "0..0.9"}
     )
-    block_s: float = field(default=30.0, metadata={"help": "Longest block of time, one scene each.", "unit": "s"})
+    block_s: float = field(
+        default=30.0,
+        metadata={"help": "Longest block of time, one scene each where the clock is not set back.", "unit": "s"},
+    )
     guard_s: float = field(
         default=2.0, metadata={"help": "No training frame is nearer than this to a held-out block.", "unit": "s"}
     )

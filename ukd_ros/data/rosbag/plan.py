@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which frames of which bags become which scenes, and which scenes are held out: by bag or by time, never by frame."""
+"""Which frames of which bags become which scenes, and which scenes are held out: by bag or by time, never by frame.
+
+Blocks are cut, held out and guarded by the times of recording. A block is one scene, or several where the camera's own
+clock was set back in it: in a scene time goes on.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import numpy as np
 
 from ukd_ros.data.rosbag.options import BagOptions
 from ukd_ros.data.rosbag.storage import BagError
-from ukd_ros.data.rosbag.survey import Frame, Survey
+from ukd_ros.data.rosbag.survey import TOLERANCE_NS, Frame, Survey
 
 TRAIN, HELD_OUT = "train", "held_out"
 
@@ -26,7 +30,7 @@ bags tell nothing of one another."""
 
 @dataclass(frozen=True)
 class ScenePlan:
-    """One scene: its number, split, the number of its bag, and its frames."""
+    """One scene: its number, split, the number of its bag, and its frames by their stamps."""
 
     scene_id: int
     split: str
@@ -76,8 +80,8 @@ def make_plan(surveys: Sequence[Survey], options: BagOptions) -> Plan:
             f"max_frames: of {options.max_frames} frames none is left to train on, or none to hold out; give more, or "
             "set held_out=0."
         )
-    kept = [block for block in blocks if block.frames]
-    scenes = tuple(ScenePlan(n, b.split, b.bag, tuple(b.frames)) for n, b in enumerate(kept))
+    kept = [(block, frames) for block in blocks for frames in _stretches(block.frames)]
+    scenes = tuple(ScenePlan(n, block.split, block.bag, tuple(frames)) for n, (block, frames) in enumerate(kept))
     return Plan(scenes, tuple(guarded), tuple(beyond), "bag" if held_bag is not None else "block" if by_block else "")
 
 
@@ -126,6 +130,23 @@ def _blocks(bag: int, survey: Survey, longest_ns: int) -> list[_Block]:
             blocks[int(np.searchsorted(edges, frame.elapsed_ns, side="right")) - 1].frames.append(frame)
         out += [block for block in blocks if block.frames]
     return out
+
+
+def _stretches(frames: Sequence[Frame]) -> list[list[Frame]]:
+    """Cut frames where the camera's clock was set back, and put each piece in the order of its stamps.
+
+    So what is near by its stamps in a piece was near in time. It is done last: a stamp that jumps to and fro must not
+    decide what is held out. A stamp of 0 is a driver's that sets none.
+    """
+    out: list[list[Frame]] = []
+    newest = 0
+    for frame in frames:
+        if not out or 0 < frame.stamp_ns < newest - TOLERANCE_NS:
+            out.append([])
+            newest = 0
+        newest = max(newest, frame.stamp_ns)
+        out[-1].append(frame)
+    return [sorted(piece, key=lambda frame: frame.stamp_ns) for piece in out]
 
 
 def _hold_out(blocks: list[_Block], share: float) -> None:

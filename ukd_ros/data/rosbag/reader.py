@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -22,7 +22,17 @@ from ukd_ros.data.rosbag.mcap import McapFile
 from ukd_ros.data.rosbag.message_types import BagMessage, unpacked_message
 from ukd_ros.data.rosbag.ros1 import Ros1File
 from ukd_ros.data.rosbag.sqlite import SqliteFile
-from ukd_ros.data.rosbag.storage import BagError, BrokenMessage, Channel, IntArray, Storage
+from ukd_ros.data.rosbag.storage import (
+    BagError,
+    BrokenMessage,
+    Channel,
+    Damage,
+    IntArray,
+    NoRoom,
+    Places,
+    Storage,
+    no_places,
+)
 
 STORAGES: dict[str, Callable[[Path], Storage]] = {".mcap": McapFile, ".db3": SqliteFile, ".bag": Ros1File}
 
@@ -61,11 +71,33 @@ class BagIndex:
         return BagIndex(self.times_ns[order], self.rows[order])
 
 
+@dataclass
+class _Unreadable:
+    """A file of which nothing can be read. It keeps its place among a bag's files: an Entry names them by number."""
+
+    path: Path
+    size: int
+    damage: Damage
+    channels: list[Channel] = field(default_factory=list)
+
+    def places(self, channels: set[int]) -> Places:
+        """Return the places of no message."""
+        return no_places()
+
+    def data(self, first: int, second: int) -> bytes:
+        """Raise BrokenMessage."""
+        raise BrokenMessage("lies in a file that cannot be read.")
+
+    def close(self) -> None:
+        """Do nothing: it is not open."""
+
+
 class BagReader:
     """A bag being read: an rosbag2 folder, a lone .mcap or .db3 file (also .zstd), or a .bag file of ROS 1.
 
     Messages are streamed in the order of their time; a bag larger than the memory is no problem. What is broken is a
-    BagError, or with `partial` what is whole is read and `damage`, `lost_bytes` and `broken` say what is not.
+    BagError, or with `partial` what is whole is read and `damage`, `lost_bytes` and `broken` say what is not. A file
+    that cannot be opened for now (no right to, no room to unpack it) is no damage but always a BagError.
     """
 
     def __init__(self, path: Path | str, partial: bool = False) -> None:
@@ -77,19 +109,18 @@ class BagReader:
         self.warnings = list(found.warnings)
         self._claims = found.claims
         self._files: list[Storage] = []
-        self._unreadable: list[tuple[str, int]] = []
         self._unpacked: tempfile.TemporaryDirectory[str] | None = None
         try:
             for file in found.files:
-                self._open(file)
-            if not self._files:
-                told = "; ".join(self.damage)  # each names its file
-                raise BagError(told if self.path.is_file() else f"{self.path}: none of its files can be read: {told}")
+                self._files.append(self._opened(file))
+            if all(isinstance(file, _Unreadable) for file in self._files):
+                told = "none of its files can be read: " + "; ".join(self.damage)
+                raise BagError(f"{self.path}: {self._files[0].damage.reasons[0] if self.path.is_file() else told}")
             self._refuse_damage()
         except BaseException:
             self.close()
             raise
-        self._channels = [{channel.number: channel for channel in file.channels} for file in self._files]
+        self._channels = self._of_one_type()
 
     def __enter__(self) -> BagReader:
         """Return the open bag."""
@@ -125,18 +156,17 @@ class BagReader:
     @property
     def size(self) -> int:
         """Return the size of its files, bytes."""
-        return sum(file.size for file in self._files) + sum(size for _, size in self._unreadable)
+        return sum(file.size for file in self._files)
 
     @property
     def damage(self) -> list[str]:
         """Return what was found broken so far, in words."""
-        out = [reason for reason, _ in self._unreadable]
-        return out + [f"{file.path.name}: {reason}" for file in self._files for reason in file.damage.reasons]
+        return [f"{file.path.name}: {reason}" for file in self._files for reason in file.damage.reasons]
 
     @property
     def lost_bytes(self) -> int:
         """Return how many bytes of the files could not be read, as far as is known by now."""
-        return sum(file.damage.lost_bytes for file in self._files) + sum(size for _, size in self._unreadable)
+        return sum(file.damage.lost_bytes for file in self._files)
 
     def index(self, topics: Collection[str] | None = None) -> BagIndex:
         """Return where the messages of ``topics`` (None: all) are; no message is read for it."""
@@ -151,6 +181,16 @@ class BagReader:
                 rows.append(np.hstack([files, places.channels[:, None], places.where]))
         self._refuse_damage()
         return BagIndex(np.concatenate(times), np.vstack(rows))
+
+    def times_by_topic(self, index: BagIndex) -> dict[str, IntArray]:
+        """Return topic -> times of recording (ns) of the messages of an index, in no particular order."""
+        found: dict[str, list[IntArray]] = {}
+        order = np.lexsort((index.rows[:, 1], index.rows[:, 0]))
+        changes = np.any(np.diff(index.rows[order, :2], axis=0) != 0, axis=1)
+        for part in np.split(order, np.flatnonzero(changes) + 1) if len(order) else ():
+            first = index[int(part[0])]
+            found.setdefault(self._channels[first.file][first.channel].topic, []).append(index.times_ns[part])
+        return {topic: np.concatenate(times) for topic, times in found.items()}
 
     def read(self, entry: Entry) -> BagMessage:
         """Return one message; BrokenMessage (a BagError) when its bytes cannot be had."""
@@ -194,25 +234,48 @@ class BagReader:
         names = ", ".join(shown(topic) for topic in fitting)
         raise BagError(f"{self.path}: {len(fitting)} topics of {', '.join(kinds)} ({names}); {asked}.")
 
-    def _open(self, file: Path) -> None:
-        """Open one file; with `partial` one that cannot be opened is damage."""
+    def _opened(self, file: Path) -> Storage:
+        """Return a file open; with `partial` one whose content cannot be read at all is damage."""
         try:
-            whole = True
-            if file.stat().st_size == 0:
-                raise BagError(f"{file}: is empty: its recorder died before it wrote anything.")
-            if file.suffix == ".zstd":
-                if self._unpacked is None:
-                    self._unpacked = tempfile.TemporaryDirectory(prefix="ukd_bag_")
-                packed, file = file, Path(self._unpacked.name) / file.stem
-                whole = unpack_file(packed, file)
-            self._files.append(STORAGES[file.suffix](file))
-            if not whole:
-                self._files[-1].damage.add("its compressed form (.zstd) breaks off or is damaged.")
-        except (BagError, OSError) as error:
-            if not self.partial:
-                told = "" if isinstance(error, BagError) else f"{file}: this bag cannot be read: "
-                raise BagError(f"{told}{error}") from error
-            self._unreadable.append((str(error), file.stat().st_size if file.is_file() else 0))
+            size = file.stat().st_size
+            return self._storage(file, size)
+        except OSError as error:  # what is in the way today says nothing about the content, and may be gone tomorrow
+            raise BagError(f"{file}: this bag cannot be read: {error}") from error
+        except BagError as error:
+            if isinstance(error, NoRoom) or not self.partial:
+                raise
+            return _Unreadable(file, size, Damage(size, [str(error).removeprefix(f"{file}: ")]))
+
+    def _storage(self, file: Path, size: int) -> Storage:
+        """Return a file of this size (bytes) open, unpacked where it is compressed."""
+        if size == 0:
+            raise BagError(f"{file}: is empty: its recorder died before it wrote anything.")
+        if file.suffix != ".zstd":
+            return STORAGES[file.suffix](file)
+        if self._unpacked is None:
+            self._unpacked = tempfile.TemporaryDirectory(prefix="ukd_bag_")
+        unpacked = Path(self._unpacked.name) / file.stem
+        whole = unpack_file(file, unpacked)
+        opened = STORAGES[unpacked.suffix](unpacked)
+        if not whole:
+            opened.damage.add("its compressed form (.zstd) breaks off or is damaged.")
+        return opened
+
+    def _of_one_type(self) -> list[dict[int, Channel]]:
+        """Return number -> channel of every file, without those whose topic was of another type before."""
+        every = [channel for file in self._files for channel in file.channels]
+        kinds: dict[str, str] = {}
+        for channel in sorted(every, key=lambda c: not c.kind):  # a type that was lost is not the topic's
+            kinds.setdefault(channel.topic, _kind(channel))
+        others: Counter[tuple[str, str]] = Counter()
+        for channel in every:
+            if _kind(channel) != kinds[channel.topic]:
+                others[channel.topic, _kind(channel)] += channel.count
+        self.warnings += [
+            f"{count} messages of {shown(topic)} are {shown(kind)}, not {shown(kinds[topic])}; they are left out"
+            for (topic, kind), count in list(others.items())[:10]
+        ]
+        return [{c.number: c for c in file.channels if _kind(c) == kinds[c.topic]} for file in self._files]
 
     def _refuse_damage(self) -> None:
         if not self.partial and self.damage:

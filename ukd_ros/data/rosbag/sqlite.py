@@ -28,6 +28,9 @@ from ukd_ros.data.rosbag.storage import (
 MAGIC = b"SQLite format 3\x00"
 MAX_TOPICS = 10_000
 
+# sqlite columns hold what was put there, whatever the schema says: only whole numbers are topics and rows.
+NUMBERED = "typeof(topic_id) = 'integer' AND typeof(rowid) = 'integer'"
+
 
 class SqliteFile:
     """A .db3 file."""
@@ -42,9 +45,11 @@ class SqliteFile:
         if not head.startswith(MAGIC):
             raise BagError(f"{path}: is no sqlite3 file (its first bytes are not those of one).")
         self._note_missing(head)
-        self._base = sqlite3.connect(
-            f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True, check_same_thread=False
-        )
+        try:
+            place = f"{path.resolve().as_uri()}?mode=ro&immutable=1"
+            self._base = sqlite3.connect(place, uri=True, check_same_thread=False)
+        except sqlite3.Error as error:  # nothing of its content was looked at yet
+            raise OSError(str(error)) from error
         try:
             self._base.execute("PRAGMA trusted_schema=OFF")
             if self.damage.lost_bytes:  # else sqlite refuses every page of a file with fewer than its header claims
@@ -67,11 +72,10 @@ class SqliteFile:
             return no_places()
         found = array("q")
         marks = ",".join("?" for _ in channels)
-        # Only whole numbers are times: sqlite columns hold what was put there, whatever the schema says. The index by
-        # time lies at the end of the file, which may be missing.
+        # The index by time lies at the end of the file, which may be missing.
         query = (
-            "SELECT rowid, timestamp, topic_id FROM messages NOT INDEXED WHERE typeof(timestamp) = 'integer' AND "
-            f"topic_id IN ({marks}) AND timestamp BETWEEN 0 AND {FAR_NS} ORDER BY rowid"
+            f"SELECT rowid, timestamp, topic_id FROM messages NOT INDEXED WHERE {NUMBERED} AND topic_id IN ({marks}) "
+            f"AND typeof(timestamp) = 'integer' AND timestamp BETWEEN 0 AND {FAR_NS} ORDER BY rowid"
         )
         try:
             for row in self._base.execute(query, sorted(channels)):  # one by one: a block is lost with its last row
@@ -114,9 +118,17 @@ class SqliteFile:
         tables = {row[0] for row in self._base.execute(query)}
         if not {"topics", "messages"} <= tables:
             raise BagError(f"{self.path}: has no tables topics and messages, so it is no bag.")
+        # A generated column is computed before its length is known: a few bytes make as much of it as they like.
+        columns = [
+            *self._base.execute("PRAGMA table_xinfo(topics)"),
+            *self._base.execute("PRAGMA table_xinfo(messages)"),
+        ]
+        if any(hidden for *_, hidden in columns):
+            raise BagError(f"{self.path}: its tables compute columns, which no recorder does; it is refused.")
         counts: Counter[int] = Counter()
+        query = f"SELECT topic_id FROM messages NOT INDEXED WHERE {NUMBERED} ORDER BY rowid"
         try:
-            for (number,) in self._base.execute("SELECT topic_id FROM messages NOT INDEXED ORDER BY rowid"):
+            for (number,) in self._base.execute(query):
                 counts[number] += 1
         except sqlite3.Error as error:
             self.damage.add(f"the table of messages breaks off after {counts.total()} of them: {error}.")

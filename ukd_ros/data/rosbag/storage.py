@@ -23,6 +23,10 @@ class BagError(RuntimeError):
     """A bag that cannot be read or written; the text names it."""
 
 
+class NoRoom(BagError):
+    """A file that cannot be opened for now, as something else than its content is in the way: it may well be whole."""
+
+
 class BrokenMessage(BagError):
     """One message or chunk that cannot be read; the rest of the bag can."""
 
@@ -68,9 +72,9 @@ class Damage:
     reasons: list[str] = field(default_factory=list)
 
     def add(self, reason: str, lost_bytes: int = 0) -> None:
-        """Count a loss; of a file with thousands of broken chunks the first ones are described."""
+        """Count a loss; of a file with thousands of broken chunks the first ones are described, each once."""
         self.lost_bytes += lost_bytes
-        if len(self.reasons) < 5:
+        if len(self.reasons) < 5 and reason not in self.reasons:
             self.reasons.append(reason)
 
 

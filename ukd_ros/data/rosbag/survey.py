@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
+from io import BytesIO
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +46,12 @@ TOLERANCE_NS = 10**8
 MAX_REASONS = 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Frame:
     """One image that is kept: where it is in the bag, when, in which segment, by which camera, with which labels.
 
-    `elapsed_ns` is the time of recording since the first image, jumps of the clock left out; it never goes back.
+    `elapsed_ns` is the time of recording since the first image, jumps of the clock left out; it never goes back. A long
+    recording has hundreds of thousands of frames, which are held at once: no field costs more than it must.
     """
 
     entry: tuple[int, ...]
@@ -115,6 +118,7 @@ def _look_through(bag: BagReader, chosen: Chosen, options: BagOptions, survey: S
     broken: Counter[str] = Counter()
     reasons: dict[str, str] = {}
     cameras: dict[str, int] = {}
+    frame_ids: dict[str, str] = {}
     last: npt.NDArray[np.int16] | None = None
     before: tuple[int, int] | None = None
     with Bar(total=len(index), desc=f"looking through {survey.bag}", unit="image", disable=not progress) as bar:
@@ -139,7 +143,8 @@ def _look_through(bag: BagReader, chosen: Chosen, options: BagOptions, survey: S
             last = now
             camera = cameras.setdefault(json.dumps(camera_record(view.camera)), len(cameras))
             place = (int(elapsed[number]), int(segments[number]))
-            survey.frames.append(Frame(tuple(entry), view.stamp_ns, view.frame_id, *place, camera))
+            frame_id = frame_ids.setdefault(view.frame_id, view.frame_id)  # one text for all frames
+            survey.frames.append(Frame(tuple(entry), view.stamp_ns, frame_id, *place, camera))
     if survey.seen and survey.without_camera_info == survey.seen:
         raise BagError(f"{bag.path}: none of the {survey.seen} images has a camera_info of its camera: {infos.told()}.")
     survey.broken = dict(broken)
@@ -261,10 +266,10 @@ def _label(bag: BagReader, options: BagOptions, survey: Survey) -> None:
     images = [Stamped(frame.stamp_ns, frame.frame_id) for frame in survey.frames]
     found, refused = read_labels(bag, options, images)
     survey.labels_refused = dict(refused.most_common(MAX_REASONS))
-    survey.frames = [
-        Frame(**{**vars(frame), "labels": tuple(_label_record(label) for label in labels)})
-        for frame, labels in zip(survey.frames, found, strict=True)
-    ]
+    for number, labels in enumerate(found):
+        if labels:
+            records = tuple(_label_record(label) for label in labels)
+            survey.frames[number] = replace(survey.frames[number], labels=records)
 
 
 def _label_record(label: FrameLabel) -> dict[str, Any]:
@@ -290,14 +295,25 @@ def camera_of(record: dict[str, Any]) -> Camera:
 
 
 def dumps(survey: Survey) -> bytes:
-    """Return a survey as JSON."""
-    return json.dumps(asdict(survey)).encode()
+    """Return a survey as lines of JSON: what it says of the bag, and then one frame a line.
+
+    JSON of all frames at once would take several times the memory of the frames themselves.
+    """
+    out = BytesIO()
+    out.write(json.dumps(asdict(replace(survey, frames=[]))).encode() + b"\n")
+    values = attrgetter(*(row.name for row in fields(Frame)))
+    for frame in survey.frames:
+        out.write(json.dumps(values(frame)).encode() + b"\n")
+    return out.getvalue()
 
 
 def loads(data: bytes) -> Survey:
     """Return the survey of `dumps`."""
-    content = json.loads(data)
-    frames = [
-        Frame(**{**row, "entry": tuple(row["entry"]), "labels": tuple(row["labels"])}) for row in content.pop("frames")
-    ]
-    return Survey(**content, frames=frames)
+    lines = BytesIO(data)
+    survey = Survey(**json.loads(next(lines)))
+    frame_ids: dict[str, str] = {}
+    for line in lines:
+        entry, stamp_ns, frame_id, elapsed_ns, segment, camera, labels = json.loads(line)
+        frame_id = frame_ids.setdefault(frame_id, frame_id)
+        survey.frames.append(Frame(tuple(entry), stamp_ns, frame_id, elapsed_ns, segment, camera, tuple(labels)))
+    return survey
