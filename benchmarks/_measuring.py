@@ -61,7 +61,7 @@ def busy() -> str:
     load = os.getloadavg()[0]
     if load <= 0.5:
         return ""
-    return f"the machine is busy (load {load:.1f}): these numbers do not count, measure on an idle one"
+    return f"the machine is busy (load {load:.1f}): its times do not count, measure on an idle one"
 
 
 def machine() -> dict[str, Any]:

@@ -10,6 +10,9 @@ import torch
 from ukd_ros.distillation.parallel import Processes
 from ukd_ros.distillation.train_config import TrainConfig
 
+# asking whether there is a GPU would otherwise start CUDA in this process, which its forks could then not use
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
 
 def train_device(config: TrainConfig, processes: Processes) -> torch.device:
     """Return the device asked for; ValueError when it is not there or the processes outnumber the micro-batches."""
