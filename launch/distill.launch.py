@@ -20,6 +20,7 @@ from launch_ros.parameter_descriptions import ParameterValue
 
 from ukd_ros.ros.distill_options import NAME, DistillNodeOptions, option_fields
 from ukd_ros.ros.fastdds import share_file
+from ukd_ros.ros.launch_arguments import full_name, in_parameter_file, logger_name
 
 ARGUMENTS: dict[str, tuple[str, str]] = {
     "namespace": ("", "Namespace of the node."),
@@ -85,11 +86,19 @@ def pass_on(event: ProcessExited, context: LaunchContext) -> Shutdown:
     return Shutdown(reason=f"{NAME} is done")
 
 
+def stopping_s(given: dict[str, Any], params_file: str, node: str) -> float:
+    """Return how long the node may take to stop: by its launch argument, else by the file, else by default."""
+    value = given.get("stop_within_s", in_parameter_file(params_file, node, "stop_within_s"))
+    # the node refuses whatever else a file may hold there
+    return value if isinstance(value, float) else DistillNodeOptions().stop_within_s
+
+
 def start(context: LaunchContext) -> list[Any]:
     """Return the node that the arguments ask for."""
     argument = {name: LaunchConfiguration(name).perform(context) for name in ARGUMENTS}
     given = given_parameters(context)
-    stop_within_s = given.get("stop_within_s", DistillNodeOptions().stop_within_s)
+    params_file = argument["params_file"] or str(share_file("config/distill_node.yaml"))
+    node = full_name(NAME, argument["namespace"], context.launch_configurations.get("ros_namespace", ""))
     return [
         Node(
             package="ukd_ros",
@@ -98,11 +107,11 @@ def start(context: LaunchContext) -> list[Any]:
             namespace=argument["namespace"],
             output="screen",
             parameters=[
-                argument["params_file"] or str(share_file("config/distill_node.yaml")),
+                params_file,
                 {name: as_it_is(value) for name, value in given.items()},
             ],
-            arguments=["--ros-args", "--log-level", f"{NAME}:={argument['log_level']}"],
-            sigterm_timeout=str(stop_within_s + PATIENCE_S),
+            arguments=["--ros-args", "--log-level", f"{logger_name(node)}:={argument['log_level']}"],
+            sigterm_timeout=str(stopping_s(given, params_file, node) + PATIENCE_S),
             on_exit=pass_on,
         )
     ]

@@ -11,6 +11,7 @@ from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import LifecycleNode, Node
 
 from ukd_ros.ros.fastdds import profile_environment, share_file
+from ukd_ros.ros.launch_arguments import full_name, logger_name
 
 NODE_NAME = "pose_node"
 
@@ -70,6 +71,7 @@ def start(context: LaunchContext) -> list[Any]:
         actions.append(LogInfo(msg=sentence))
     params_file = argument["params_file"] or str(share_file("config/pose.yaml"))
     image = argument["image"]
+    node = full_name(NODE_NAME, argument["namespace"], context.launch_configurations.get("ros_namespace", ""))
     actions.append(
         LifecycleNode(
             package="ukd_ros",
@@ -79,18 +81,17 @@ def start(context: LaunchContext) -> list[Any]:
             output="screen",
             parameters=[params_file, given_parameters(context)],
             remappings=[("image", image), ("camera_info", argument["camera_info"] or camera_info_beside(image))],
-            arguments=["--ros-args", "--log-level", f"{NODE_NAME}:={argument['log_level']}"],
+            arguments=["--ros-args", "--log-level", f"{logger_name(node)}:={argument['log_level']}"],
         )
     )
     if is_true("rviz", argument["rviz"]):
-        prefix = f"/{argument['namespace'].strip('/')}" if argument["namespace"].strip("/") else ""
         outputs = ("overlay", "markers", "keypoints", "pose_with_covariance")
         actions.append(
             Node(
                 package="rviz2",
                 executable="rviz2",
                 arguments=["-d", str(share_file("rviz/pose.rviz")), "-f", argument["rviz_frame"]],
-                remappings=[(f"/{NODE_NAME}/{name}", f"{prefix}/{NODE_NAME}/{name}") for name in outputs],
+                remappings=[(f"/{NODE_NAME}/{name}", f"{node}/{name}") for name in outputs],
             )
         )
     return actions

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import html
 import json
 import os
 import re
@@ -15,7 +16,9 @@ import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -23,12 +26,17 @@ from bottle import BAG, labelled_views, save_teachers
 
 from ukd_ros.config import load_config
 from ukd_ros.data.bags import BagWriter, bag_truth
+from ukd_ros.data.bop import BopDataset
+from ukd_ros.data.dataset import MixedWindows, Windows
+from ukd_ros.data.demo_object import demo_mesh
 from ukd_ros.data.progress import Progress, Stopped, listening
 from ukd_ros.data.rosbag.frames import BagOptions
+from ukd_ros.distillation.bag_calibration import BagCalibration
 from ukd_ros.distillation.checkpoint import load_checkpoint
 from ukd_ros.distillation.distill import DistillConfig
 from ukd_ros.distillation.frames import Frames
 from ukd_ros.distillation.from_bags import _Work, distill_from_bags, supposed_windows_share
+from ukd_ros.distillation.from_bags_report import ADVICE, BagStory, advice, write_story
 from ukd_ros.distillation.from_bags_request import (
     FromBagsConfig,
     FromBagsRequest,
@@ -38,11 +46,24 @@ from ukd_ros.distillation.from_bags_request import (
 from ukd_ros.distillation.from_bags_request import finished as finished_before
 from ukd_ros.distillation.held_out_renders import open_held_out, parted
 from ukd_ros.distillation.label_store import LabelError
+from ukd_ros.distillation.neighbours import DISAGREES
 from ukd_ros.distillation.parallel import Processes
-from ukd_ros.distillation.pseudo_labels import PseudoLabelOptions
+from ukd_ros.distillation.pseudo_labels import (
+    INCONSISTENT,
+    LOW_SCORE,
+    NOTHING,
+    UNSURE,
+    PseudoLabel,
+    PseudoLabelOptions,
+    PseudoLabels,
+)
+from ukd_ros.distillation.teacher import TeacherError
+from ukd_ros.geometry.estimate import RejectReason
 from ukd_ros.geometry.metrics import add
 from ukd_ros.geometry.pose import Pose
 from ukd_ros.perception.bundle import load_bundle
+from ukd_ros.perception.estimator import PoseEstimator
+from ukd_ros.perception.votes import Calibration
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = FromBagsConfig(
@@ -168,6 +189,69 @@ def test_stopped_anywhere_the_same_call_gives_the_same_student(
     assert_same_student(finished[0], out)
 
 
+def renders_of(held_out: Path, out: Path) -> Path:
+    """Copy labelled frames and add the masks that renders have: the outline of the mesh."""
+    shutil.copytree(held_out, out)
+    data = BopDataset(out)
+    for number, image in enumerate(data.images):
+        height, width = data.image(number).shape[:2]
+        folder = data.scene_folders[image.scene_id] / "mask_visib"
+        folder.mkdir(exist_ok=True)
+        for row, label in enumerate(data.labels(number, masks=False)):
+            seen = data.camera(number, (width, height)).project(label.T_camera_object.transform(demo_mesh().vertices))
+            mask = np.zeros((height, width), np.uint8)
+            cv2.fillConvexPoly(mask, cv2.convexHull(np.round(seen).astype(np.int32)), 255)
+            cv2.imwrite(str(folder / f"{image.image_id:06d}_{row:06d}.png"), mask)
+    return out
+
+
+def test_renders_teach_beside_the_bags(
+    finished: tuple[Path, FromBagsResult],
+    teachers: Path,
+    held_out: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """From the bag to the model; what the teachers say is that of the finished run, to save its time."""
+    learnt: list[Windows] = []
+    windows = _Work.windows
+
+    def noted(work: _Work) -> Windows:
+        learnt.append(windows(work))
+        return learnt[-1]
+
+    monkeypatch.setattr(_Work, "windows", noted)
+    renders, out = renders_of(held_out, tmp_path / "renders"), tmp_path / "out"
+    out.mkdir()
+    for name in ("frames", "labels", "proposals"):
+        shutil.copytree(finished[0] / name, out / name)
+    shutil.copyfile(finished[0] / "teachers.json", out / "teachers.json")
+    (out / ".teachers.json.ab12_cd3").touch()  # half of what a killed call wrote
+    with caplog.at_level("INFO"):
+        result = distill_from_bags(
+            SHORT,
+            [BAG],
+            [teachers],
+            out,
+            renders=[renders],
+            held_out=held_out,
+            objects=["spray_bottle"],
+            progress=False,
+        )
+    assert "what the bags gave" in caplog.text and not list(out.glob(".*"))
+    bundle = load_bundle(result.model)
+    assert "renders" in bundle.provenance["data"] and bundle.provenance["pseudo_labels"]["accepted"] >= 10
+    assert bundle.calibration.instances >= 30 and "held-out renders" in result.summary
+    (mixed,) = learnt
+    assert isinstance(mixed, MixedWindows)
+    kinds = [(sample.labelled, sample.supposed) for sample in (mixed.sample(i) for i in range(60))]
+    assert set(kinds) == {(True, False), (True, True), (False, False)}  # renders, accepted labels, votes alone
+    mine, other = (load_checkpoint(path / "run" / "checkpoint.pt") for path in (out, finished[0]))
+    assert mine.taught != other.taught  # by the same teachers, on other windows
+    assert json.loads((out / "request.json").read_text())["renders"] == [str(renders)]
+
+
 def assert_same_student(one: Path, other: Path) -> None:
     whole, resumed = (load_checkpoint(path / "run" / "checkpoint.pt").network for path in (one, other))
     for name, value in whole.state_dict().items():
@@ -220,6 +304,45 @@ def test_teachers_of_another_object_are_refused_before_the_bag_is_read(
     with pytest.raises(RuntimeError, match="nowhere"):
         distill_from_bags(SHORT, [tmp_path / "nowhere"], [teachers], tmp_path / "out", progress=False)
     assert not (tmp_path / "out" / "request.json").exists()
+
+
+def test_no_teacher_is_an_error_whatever_is_asked_for(tmp_path: Path) -> None:
+    for objects in ([], ["spray_bottle"]):
+        with pytest.raises(TeacherError, match="no teacher was given"):
+            distill_from_bags(SHORT, [BAG], [], tmp_path / "out", objects=objects, progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_calibration_of_other_windows_is_not_taken(
+    teachers: Path, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but teachers.json is there when a call is killed before it has claimed its folder."""
+    asked: list[int] = []
+
+    def fitted(estimator: PoseEstimator, *_: object) -> SimpleNamespace:
+        asked.append(estimator._locate.width)
+        return SimpleNamespace(calibration=Calibration(instances=len(asked)), table=str)
+
+    monkeypatch.setattr("ukd_ros.distillation.from_bags.calibrate", fitted)
+    monkeypatch.setattr("ukd_ros.distillation.from_bags.required_on", lambda *_: (0.9,))
+    for width, count in ((320, 1), (320, 1), (256, 2)):
+        window = replace(SHORT.distill.window, locate_width=width)
+        config = replace(SHORT, distill=replace(SHORT.distill, window=window))
+        work = _Work(FromBagsRequest(config, (BAG,), (teachers,), tmp_path, held_out=held_out), False)
+        work.open()
+        work.calibrate_teachers()
+        assert work.calibration is not None and work.calibration.instances == len(asked) == count
+    assert asked == [320, 256]
+
+
+def test_what_a_damaged_bag_lost_is_told_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    bag = tmp_path / "cut"
+    bag.mkdir()
+    content = (BAG / "sample_bag.mcap").read_bytes()
+    (bag / "sample_bag.mcap").write_bytes(content[: 2 * len(content) // 3])
+    _Work(FromBagsRequest(SHORT, (bag,), (), tmp_path / "out"), False).take_frames()
+    (record,) = [record for record in caplog.records if "what the bags gave" in record.getMessage()]
+    assert record.levelname == "WARNING" and "cut: damage: " in record.getMessage()
 
 
 def test_damaged_labels_are_named(finished: tuple[Path, FromBagsResult], teachers: Path, held_out: Path) -> None:
@@ -353,6 +476,27 @@ def test_a_finished_folder_does_not_answer_for_what_has_changed_since(teachers: 
         request().compare(resume=True)
 
 
+def test_a_setting_that_differs_is_named_and_what_changes_no_student_may_differ(teachers: Path, tmp_path: Path) -> None:
+    def ask(config: FromBagsConfig) -> None:
+        FromBagsRequest(config, (BAG,), (teachers,), tmp_path).compare(resume=True)
+
+    FromBagsRequest(SHORT, (BAG,), (teachers,), tmp_path).claim()
+    ask(replace(SHORT, distill=replace(SHORT.distill, threads=2, device="auto", checkpoint_every=7, log_every=9)))
+    other = replace(SHORT, labels=replace(SHORT.labels, sure=0.8), distill=replace(SHORT.distill, steps=4, threads=2))
+    with pytest.raises(ValueError, match=r"labels\.sure \(then 0\.9, now 0\.8\), distill\.steps \(then 3, now 4\);"):
+        ask(other)
+    window = replace(SHORT.distill, window=replace(SHORT.distill.window, locate_width=256))
+    with pytest.raises(ValueError, match=r"with other distill\.window\.locate_width \(then \d+, now 256\);"):
+        ask(replace(SHORT, distill=window))
+    asked = json.loads((tmp_path / "request.json").read_text())
+    del asked["config"]["distill"]["hold"]  # of a folder from before there was this setting
+    (tmp_path / "request.json").write_text(json.dumps(asked))
+    ask(SHORT)
+    (tmp_path / "request.json").write_text("[]")
+    with pytest.raises(ValueError, match="is no request"):
+        ask(SHORT)
+
+
 def test_a_model_that_is_gone_is_made_again_and_paths_are_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -397,6 +541,41 @@ def test_the_same_call_from_another_folder_is_the_same_call(
     work.open()
     assert Path(work.config.distill.initial).is_absolute() and Path(work.config.distill.initial).is_file()
     assert work.estimator().options.min_score == 0.1  # a score that labels may have is not refused before
+
+
+# ---- why nothing was accepted ----------------------------------------------------------------------------------
+
+
+def test_every_reason_has_its_advice_here_and_in_the_tutorial() -> None:
+    """What only tracking says aside: frames of a bag are looked at one by one."""
+    reasons = {reason.value for reason in RejectReason if reason is not RejectReason.LOST}
+    reasons |= {UNSURE, INCONSISTENT, LOW_SCORE, NOTHING, DISAGREES, "uncalibrated"}
+    assert set(ADVICE) == reasons
+    tutorial = (ROOT / "docs" / "your_object.md").read_text()
+    table = tutorial[tutorial.index("| refused as |") :]
+    assert set(re.findall(r"^\| `(\w+)` \|", table[: table.index("\n\n")], re.MULTILINE)) == reasons
+    assert advice(PseudoLabels((), 100, {"no_convergence": 99, LOW_SCORE: 1})) == ADVICE["no_convergence"]
+
+
+@pytest.mark.parametrize("why", [UNSURE, INCONSISTENT, DISAGREES])
+def test_objects_that_were_seen_and_not_accepted_are_shown_with_what_to_try(
+    why: str, held_out: Path, tmp_path: Path
+) -> None:
+    model = load_bundle(ROOT / "models" / "spray_bottle").objects[0]
+    frames = Frames(held_out, "train")
+    pose = Pose(np.eye(3), np.array([0.0, 0.0, 0.6]))
+    seen = [
+        PseudoLabel(n, 0, pose, 1e-4 * np.eye(6), 0.9, 0.4, np.array([[9.0, 9.0, 30.0, 30.0]]), why) for n in range(3)
+    ]
+    labels = PseudoLabels(tuple(seen), len(frames), {why: 3, "degenerate": 2})
+    calibrated = BagCalibration(None, None, None, "NOT CALIBRATED")
+    story = BagStory("", frames, None, {"train": labels}, (model,), tmp_path / "part", tmp_path, calibrated)
+    report, summary = write_story(story, tmp_path)
+    assert "0 labels accepted, 5 refused" in summary
+    page = html.unescape(report.read_text())
+    assert f"The teachers' votes taught, but no pose. {ADVICE[why]}." in page and "To have more" not in page
+    assert re.search(rf"{why}\s+3\b", page) and re.search(r"degenerate\s+2\b", page)
+    assert (tmp_path / "labels_refused.png").is_file() and not (tmp_path / "labels.png").exists()
 
 
 # ---- how long, how much ----------------------------------------------------------------------------------------

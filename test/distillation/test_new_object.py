@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +30,7 @@ from ukd_ros.data.rosbag.options import BagOptions
 from ukd_ros.distillation import new_object as chain_module
 from ukd_ros.distillation import new_object_stages as stages_module
 from ukd_ros.distillation import new_object_state as state_module
+from ukd_ros.distillation.checkpoint import load_checkpoint
 from ukd_ros.distillation.distill import DistillConfig
 from ukd_ros.distillation.new_object import NewObjectResult, new_object
 from ukd_ros.distillation.new_object_part import PartFacts, inspect_part
@@ -708,12 +711,7 @@ def test_the_real_chain_from_a_mesh_to_a_model_that_loads(tmp_path: Path, monkey
     """A few steps on the demo student's own weights: renders, training, export and calibration are the real ones."""
     monkeypatch.setattr(chain_module, "make_plan", _tiny_plan)
     monkeypatch.setattr(chain_module, "steps_within", lambda seconds, rates, factor=1.0: 3)
-    base = NewObjectConfig()
-    config = replace(
-        base,
-        scene=replace(base.scene, width=320, height=240, targets=(2, 3), distractors=(1, 2), texture_pool=4),
-        train=replace(base.train, learning_rate=1e-6, batch_size=8, micro_batch=8),
-    )
+    config = _small_config()
     request = NewObjectRequest(DEMO, None, DEMO_NAME, 600.0, tmp_path / "out", tmp_path / "work")
     heard: set[str] = set()
     result = new_object(config, request, progress=False, listener=lambda p: heard.add(p.stage))
@@ -726,6 +724,41 @@ def test_the_real_chain_from_a_mesh_to_a_model_that_loads(tmp_path: Path, monkey
     assert result.launch in page and page.count("data:image/") >= 5
     again = new_object(config, request, progress=False, stages=lambda part: FakeStages())
     assert again == result
+
+
+HOUR = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_new_object import *
+from test_new_object import _small_config, _tiny_plan
+chain_module.make_plan, chain_module.steps_within = _tiny_plan, lambda seconds, rates, factor=1.0: 3
+request = NewObjectRequest(DEMO, None, DEMO_NAME, 3600.0, Path(sys.argv[2]), Path(sys.argv[3]))
+print(new_object(_small_config(), request, progress=False).add_recall)
+"""
+
+
+def test_the_real_chain_with_teachers(tmp_path: Path) -> None:
+    """Trunk, teachers, a student beside them; in a process of its own: pytest's has threads, which no fork survives."""
+    out, work = tmp_path / "out", tmp_path / "work"
+    call = [sys.executable, "-c", HOUR, str(Path(__file__).parent), str(out), str(work)]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) > 0.2
+    runs = {path.parent.relative_to(work).as_posix(): load_checkpoint(path) for path in work.glob("**/checkpoint.pt")}
+    assert sorted(runs) == ["student", "teachers/seed-0", "teachers/seed-1", "trunk/seed-2"]
+    assert [run.step for run in runs.values()] == [3] * 4
+    assert runs["student"].taught and not runs["trunk/seed-2"].taught
+    assert load_bundle(out).provenance["teachers"]
+    assert "6 of the steps before there were teachers" in (work / "report.html").read_text()
+
+
+def _small_config() -> NewObjectConfig:
+    base = NewObjectConfig()
+    return replace(
+        base,
+        scene=replace(base.scene, width=320, height=240, targets=(2, 3), distractors=(1, 2), texture_pool=4),
+        train=replace(base.train, learning_rate=1e-6, batch_size=8, micro_batch=8),
+    )
 
 
 def _tiny_plan(left_s: float, rates: Rates, *, teachers: int, bags: int) -> Any:

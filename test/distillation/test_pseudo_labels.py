@@ -308,7 +308,9 @@ def test_labels_are_kept_gone_on_with_and_refused_for_another_question(tmp_path:
 
     with pytest.raises(KeyboardInterrupt):
         stored_labels(tmp_path / "a", {"teachers": "x"}, 150, broken)
+    (tmp_path / "a" / ".shard-00001.json.ab12_cd3").touch()  # half of what a killed call wrote
     resumed = stored_labels(tmp_path / "a", {"teachers": "x"}, 150, ask)
+    assert not list((tmp_path / "a").glob(".*"))
     assert [(s.start, s.stop) for s in asked] == [(0, 64), (64, 128), (128, 150)]
     whole = stored_labels(tmp_path / "b", {"teachers": "x"}, 150, ask)
     assert resumed.counts() == whole.counts() == {"accepted": 50, UNSURE: 100, NOTHING: 3}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import resource
@@ -20,7 +21,8 @@ from cubes import CUBE, CubeViews
 from ukd_ros.data.augment import AugmentConfig
 from ukd_ros.data.dataset import WindowConfig, WindowDataset
 from ukd_ros.distillation.beginning import OBJECT_LAYERS
-from ukd_ros.distillation.checkpoint import CheckpointError, load_checkpoint
+from ukd_ros.distillation.checkpoint import CheckpointError, load_checkpoint, writing_in
+from ukd_ros.distillation.curves import trim_metrics
 from ukd_ros.distillation.export import ExportOptions, export_model
 from ukd_ros.distillation.train import TrainingDiverged, train, train_on_folders
 from ukd_ros.distillation.train_config import TrainConfig, learning_rate
@@ -66,6 +68,83 @@ def test_resuming_gives_the_numbers_of_an_unbroken_run(data: WindowDataset, tmp_
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, rtol=0, atol=1e-6, msg=name)
     assert (broken / "curves.png").stat().st_size > 1000
+
+
+def _told(out: Path) -> list[dict[str, float]]:
+    """Return what a run told of its steps, but not how fast it was."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_s"} for line in lines]
+
+
+def test_a_run_in_pieces_tells_what_an_unbroken_one_tells(data: WindowDataset, tmp_path: Path) -> None:
+    """Stopped between two lines, killed after a line that no checkpoint has, and while it wrote the next."""
+    config = replace(TINY, log_every=2, validate_every=4, validate_windows=4)
+    checked = WindowDataset(CubeViews(3, seed=1), [CUBE], TINY.window, seed=1)
+    out = tmp_path / "pieces"
+    train(config, data, [CUBE], tmp_path / "whole", held_out=checked, progress=False)
+    for _ in range(3):
+        train(config, data, [CUBE], out, held_out=checked, resume=True, progress=False, time_budget_s=0.0)
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": 99.0, "samples": 32}\n{"step": 5, "lo')
+    assert train(config, data, [CUBE], out, held_out=checked, resume=True, progress=False).finished
+    assert _told(out) == _told(tmp_path / "whole") and [line["step"] for line in _told(out)] == [2, 4, 6]
+
+
+def test_a_disk_that_fills_while_metrics_are_told_does_not_spoil_the_run(data: WindowDataset, tmp_path: Path) -> None:
+    out, config = tmp_path / "run", replace(TINY, checkpoint_every=100)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (400, limits[1]))
+    try:
+        with pytest.raises(OSError, match="metrics.jsonl"):
+            train(config, data, [CUBE], out, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not (out / "metrics.jsonl").read_text().endswith("\n")
+    assert train(config, data, [CUBE], out, progress=False).finished
+    assert [line["step"] for line in _told(out)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_metrics_keep_the_whole_lines_up_to_a_step_each_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    trim_metrics(path, 9)
+    assert not path.exists()
+    lines = [b'{"step": 1}', b'{"step": 2, "loss": NaN}', b'{"st{"step": 3}', b'{"step": 2}', b"[3]", b"\xff\x00"]
+    path.write_bytes(b"\n".join([*lines, b'{"step": 4}', b'{"step": "4"}', b'{"step": 5}', b'{"ste']))
+    trim_metrics(path, 4)
+    assert path.read_bytes().splitlines() == [*lines[:2], b'{"step": 4}'] and path.read_bytes().endswith(b"}\n")
+    kept = path.stat().st_ino
+    trim_metrics(path, 4)
+    assert path.stat().st_ino == kept  # a full disk is no hindrance where there is nothing to mend
+    trim_metrics(path, 0)
+    assert path.read_bytes() == b""
+
+
+def test_what_a_killed_run_left_half_written_is_deleted_unless_somebody_writes(
+    data: WindowDataset, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    left = [
+        ".checkpoint.pt.77",
+        ".step-000004.pt.77",
+        ".metrics.jsonl.ab12_cd3",
+        ".curves.77.png",
+        ".curves.png.ab12_cd3",
+    ]
+    for name in (*left, ".other.png", "notes.txt"):
+        (out / name).touch()
+    other = os.open(out, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_SH)  # as a process that writes there does
+    train(replace(TINY, steps=2), data, [CUBE], out, progress=False, time_budget_s=0.0)
+    assert all((out / name).exists() for name in left)
+    os.close(other)
+    train(replace(TINY, steps=2), data, [CUBE], out, resume=True, progress=False)
+    assert sorted(path.name for path in out.iterdir() if path.name.startswith(".")) == [".other.png"]
+    assert (out / "notes.txt").exists()
+    with writing_in(out), writing_in(out, ["other"]):  # two who write: nothing is deleted
+        assert (out / ".other.png").exists()
 
 
 def test_two_processes_take_the_steps_of_one(data: WindowDataset, tmp_path: Path) -> None:

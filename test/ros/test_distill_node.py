@@ -16,11 +16,9 @@ import sys
 import termios
 import threading
 import time
-import typing
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -444,37 +442,6 @@ def test_help_loads_nothing_heavy() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert all(f"\n  {name} " in done.stdout for name in ("bag", "teacher", "out", "config", "time_budget"))
-
-
-def test_the_launch_file_leaves_text_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """launch_ros reads plain text as YAML: a bag called 2026 or yes would be a number or a truth value to the node."""
-    given = {"bag": "2026,yes", "teacher": "07", "out": "12", "resume": "false", "stop_within_s": "5"}
-
-    class Configuration:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def perform(self, context: object) -> str:
-            return given.get(self.name, "")
-
-    anything: dict[str, Any] = dict.fromkeys(("LaunchContext", "LaunchDescription", "ProcessExited"))
-    anything |= dict.fromkeys(("DeclareLaunchArgument", "OpaqueFunction", "Shutdown"))
-    anything |= {"LaunchConfiguration": Configuration, "Node": lambda **asked: asked}
-    anything |= {"ParameterValue": lambda value, value_type: ("kept", value, value_type)}
-    for name in (
-        "launch", "launch.actions", "launch.events", "launch.events.process", "launch.substitutions", "launch_ros",
-        "launch_ros.actions", "launch_ros.parameter_descriptions",
-    ):  # fmt: skip
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace(**anything))
-    spec = importlib.util.spec_from_file_location("launch_alone", CONFIG.parents[1] / "launch" / "distill.launch.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    values = module.start(None)[0]["parameters"][1]
-    texts = typing.List[str]  # noqa: UP006
-    assert values["bag"] == ("kept", ["2026", "yes"], texts) and values["teacher"] == ("kept", ["07"], texts)
-    assert values["out"] == ("kept", "12", str)
-    assert values["resume"] is False and values["stop_within_s"] == 5.0
 
 
 def test_the_launch_file_declares_every_parameter_and_hands_them_on() -> None:

@@ -28,6 +28,7 @@ class CollisionObject:
         "plane_poses", "subframe_names", "subframe_poses", "operation",
     )  # fmt: skip
     header: Header
+    pose: Pose
     id: str
     primitives: list[Any]
     primitive_poses: list[Pose]
@@ -101,7 +102,12 @@ def test_the_part_enters_moveits_scene_when_it_is_seen_well_enough(
     (part,) = sent
     assert part.operation == CollisionObject.ADD and part.id == "part"
     assert part.header.frame_id == FRAME and stamp_of(part) == STAMP
-    where = part.primitive_poses[0].position
-    np.testing.assert_allclose([where.x, where.y, where.z], some_pose().translation)
-    assert part.primitive_poses[0].orientation == poses[-1].pose.pose.orientation
-    assert part.primitives[0].type == part.primitives[0].BOX and len(part.primitives[0].dimensions) == 3
+    assert part.pose == poses[-1].pose.pose
+    np.testing.assert_allclose(
+        [part.pose.position.x, part.pose.position.y, part.pose.position.z], some_pose().translation
+    )
+    # shapes are relative to the object's pose (moveit_msgs/CollisionObject), and a box is centred on its own
+    (box,), (within,) = part.primitives, part.primitive_poses
+    assert box.type == box.BOX and within.orientation == Pose().orientation
+    centre = np.array([within.position.x, within.position.y, within.position.z])
+    np.testing.assert_allclose(centre - np.array(box.dimensions) / 2, 0.0, atol=1e-12, err_msg="origin is not a corner")

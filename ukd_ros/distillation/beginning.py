@@ -29,6 +29,11 @@ logger = logging.getLogger(__name__)
 OBJECT_LAYERS = ("head.score.", "head.offset.", "head.scale.")
 """Names of the weights whose shape and meaning depend on the objects."""
 
+FREE = frozenset(
+    {"device", "threads", "checkpoint_every", "keep_every", "log_every", "validate_every", "validate_windows"}
+)
+"""Settings of a training that may change when it is resumed."""
+
 
 def new_network(config: TrainConfig, models: Sequence[ObjectModel]) -> KeypointNetwork:
     """Return the untrained network of a run."""
@@ -79,6 +84,13 @@ def start_from(path: Path, network: KeypointNetwork) -> None:
     logger.info("%s knows %s: its last layers begin anew for %s", path, config.classes, mine.classes)
 
 
+def as_today(settings: dict[str, Any]) -> None:
+    """Add to a training's settings, plain data, those that came later, as they were without them."""
+    for key, before_it in {"optimizer": "adamw", "pose_weight": 0.0, "precision": "auto", "hold": 0.0}.items():
+        settings.setdefault(key, before_it)
+    settings.get("guide", {}).get("align", {}).setdefault("covariance", "entropy")
+
+
 def restore(
     path: Path,
     network: KeypointNetwork,
@@ -90,12 +102,9 @@ def restore(
     """Load a checkpoint into the parts; ValueError naming the first setting that differs."""
     content = load_checkpoint(path)
     mine, theirs = _plain(asdict(config)), dict(_plain(content.config))
-    for key, before_it in {"optimizer": "adamw", "pose_weight": 0.0, "precision": "auto", "hold": 0.0}.items():
-        theirs.setdefault(key, before_it)
-    theirs.get("guide", {}).get("align", {}).setdefault("covariance", "entropy")
-    free = {"device", "threads", "checkpoint_every", "keep_every", "log_every", "validate_every", "validate_windows"}
+    as_today(theirs)
     for key in sorted(set(mine) | set(theirs)):
-        if key not in free and mine.get(key) != theirs.get(key):
+        if key not in FREE and mine.get(key) != theirs.get(key):
             raise ValueError(
                 f"{path}: was trained with {key} = {theirs.get(key)}, not {mine.get(key)}; --resume needs the same"
                 + (f" (--set {key}={theirs[key]})" if isinstance(theirs.get(key), bool | int | float | str) else "")

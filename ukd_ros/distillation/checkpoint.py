@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ class Checkpoint:
     """A network with its optimizer state, the steps done, the training settings and the objects it knows.
 
     `extra`: weights that only training needs (a distillation's projection); `taught`: by which teachers, on which
-    windows.
+    windows; `untold`: the loss terms of each step since the last line of metrics.
     """
 
     network: KeypointNetwork
@@ -36,6 +38,32 @@ class Checkpoint:
     models: tuple[ObjectModel, ...]
     extra: dict[str, Any] = field(default_factory=dict)
     taught: str = ""
+    untold: list[dict[str, float]] = field(default_factory=list)
+
+
+@contextmanager
+def writing_in(folder: Path, names: Sequence[str] = ()) -> Iterator[None]:
+    """Hold a folder as one who writes there, and delete what killed writers left of files of these `names` (patterns).
+
+    That is `.NAME.` and more letters. While another process holds the folder, or where files cannot be locked, all is
+    left as it is: it may be half of what somebody writes. FileNotFoundError without the folder.
+    """
+    try:
+        import fcntl
+    except ImportError:  # a system without these locks
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for path in [path for name in names for path in folder.glob(f".{name}.*")]:
+                path.unlink()
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(handle)
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -49,6 +77,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "config": checkpoint.config,
         "extra": checkpoint.extra,
         "taught": checkpoint.taught,
+        "untold": checkpoint.untold,
         "models": [
             {
                 "name": m.name,
@@ -97,5 +126,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ObjectModel(m["name"], m["keypoints_3d"].numpy(), m["diameter"], Symmetries.from_bop(m["symmetries"]))
         for m in content["models"]
     )
-    extra, taught = content.get("extra", {}), str(content.get("taught", ""))
-    return Checkpoint(network, content["optimizer"], int(content["step"]), content["config"], models, extra, taught)
+    extra, taught, untold = content.get("extra", {}), str(content.get("taught", "")), content.get("untold", [])
+    step, config = int(content["step"]), content["config"]
+    return Checkpoint(network, content["optimizer"], step, config, models, extra, taught, untold)

@@ -1,19 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training curves as a picture."""
+"""What a training told of itself, line by line, and its curves as a picture."""
 
 from __future__ import annotations
 
+import io
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ukd_ros.data.whole_files import write_bytes
+
+
+def add_metrics(path: Path, record: dict[str, float]) -> None:
+    """Add one JSON line; OSError names the file, and may leave half of the line there."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        error.filename = str(path)  # writing tells of none
+        raise
+
+
+def trim_metrics(path: Path, step: int) -> None:
+    """Leave the whole lines up to a step, each step's first: what a run that goes on from there would have told.
+
+    Gone are the line that a full disk cut, and those of steps after the checkpoint that a killed run took. OSError
+    leaves the file as it is.
+    """
+    if not path.is_file():
+        return
+    told = path.read_bytes()
+    kept: list[bytes] = []
+    last = 0
+    for line in told.splitlines():
+        number = _step(line)
+        if last < number <= step:
+            kept.append(line + b"\n")
+            last = number
+    if b"".join(kept) != told:
+        write_bytes(path, b"".join(kept))
+
+
+def _step(line: bytes) -> int:
+    """Return the step that a line tells of, 0 where it is no whole line."""
+    try:
+        number = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return 0
+    return number if isinstance(number, int) else 0
+
 
 def draw_curves(metrics: Path, out: Path) -> None:
-    """Draw loss terms, errors and learning rate from a metrics.jsonl file as a PNG, by rename."""
+    """Draw loss terms, errors and learning rate from a metrics.jsonl file as a PNG, whole or not at all."""
     if not metrics.is_file():  # stopped before its first line
         return
     records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -44,6 +85,6 @@ def draw_curves(metrics: Path, out: Path) -> None:
         panel.set_xlabel("training windows")
         panel.grid(alpha=0.3)
         panel.legend()
-    temporary = out.with_name(f".{out.stem}.{os.getpid()}.png")
-    figure.savefig(temporary, dpi=90)
-    os.replace(temporary, out)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=90, format="png")
+    write_bytes(out, picture.getvalue())

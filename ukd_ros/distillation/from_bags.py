@@ -13,6 +13,7 @@ import errno
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from ukd_ros.data.rosbag.plan import HELD_OUT, TRAIN
 from ukd_ros.data.whole_files import write_bytes
 from ukd_ros.distillation.bag_calibration import calibrate_student
 from ukd_ros.distillation.calibrate import CalibrationOptions, calibrate
-from ukd_ros.distillation.checkpoint import load_checkpoint
+from ukd_ros.distillation.checkpoint import load_checkpoint, writing_in
 from ukd_ros.distillation.device import train_device
 from ukd_ros.distillation.distill import distill
 from ukd_ros.distillation.ensemble_estimator import ensemble_estimator, window_sizes
@@ -57,6 +58,8 @@ from ukd_ros.perception.votes import Calibration
 logger = logging.getLogger(__name__)
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+WRITTEN = "request.json", "teachers.json", "result.json", "report.html", "labels*.png"
+"""The names of the files that the first process writes into `out` itself."""
 NOTHING_SEEN = "the teachers see nothing in any of the {count} frames: {counts}. {advice}"
 
 
@@ -118,13 +121,14 @@ class _Work:
         """Do everything; Stopped when it was asked to."""
         self.open()
         self.take_frames()
-        self.calibrate_teachers()
-        self.claim()  # only now: a path mistyped at first must not spoil the folder
-        self.label()
-        checkpoint = self.learn()
-        if checkpoint is None:
-            raise Stopped(f"{self.out}: another process was stopped; what is done is kept, the same call goes on")
-        return self.finish(checkpoint)
+        with writing_in(self.out, WRITTEN) if self.processes.rank == 0 else nullcontext():
+            self.calibrate_teachers()
+            self.claim()  # only now: a path mistyped at first must not spoil the folder
+            self.label()
+            checkpoint = self.learn()
+            if checkpoint is None:
+                raise Stopped(f"{self.out}: another process was stopped; what is done is kept, the same call goes on")
+            return self.finish(checkpoint)
 
     def open(self) -> None:
         """Read teachers and models; nothing long."""
@@ -134,10 +138,12 @@ class _Work:
         if not self.bags:
             raise ValueError("no bag was given; name one or more")
         files = member_files(self.teachers)
+        if not files:
+            raise TeacherError("no teacher was given; name a folder of teachers, or the files of two or more")
         if self.renders:
             self.models = object_models(distilling, self.renders, self.objects)[1]
         else:
-            known = {model.name: model for model in (member_models(files[0]) if files else ())}
+            known = {model.name: model for model in member_models(files[0])}
             unknown = set(self.objects) - set(known)
             if unknown:
                 raise TeacherError(f"{files[0]}: knows {', '.join(known)}, not {', '.join(sorted(unknown))}")
@@ -178,6 +184,9 @@ class _Work:
         names = {number: name for name, number in self.taken.objects.items()}
         if not (folder / TRAIN).is_dir():
             raise ValueError(f"{', '.join(map(str, self.bags))}: no frame is left to learn from\n{self.taken.table()}")
+        if self.processes.rank == 0:
+            troubled = any(bag.damage or bag.lost_bytes or bag.broken or bag.warnings for bag in self.taken.bags)
+            logger.log(logging.WARNING if troubled else logging.INFO, "what the bags gave:\n%s", self.taken.table())
         self.frames = Frames(folder, TRAIN, names)
         self.strange = Frames(folder, HELD_OUT, names) if (folder / HELD_OUT).is_dir() else None
 
@@ -202,6 +211,7 @@ class _Work:
         if renders is None:
             return
         path, names = self.out / "teachers.json", [model.name for model in self.models]
+        sizes = window_sizes(self.config.distill.window)
         asked = {
             "teachers": self.ensemble.identity,
             "objects": names,
@@ -209,6 +219,7 @@ class _Work:
             "renders": renders.digest(),
             "labels": json.loads(json.dumps(to_mapping(self.config.labels))),
             "zoom_rounds": self.config.zoom_rounds,
+            "window_sizes": [sizes.locate_width, sizes.locate_height, sizes.zoom_size, sizes.context],
         }
         if self.processes.rank == 0 and not _same(path, asked):
             report = calibrate(

@@ -34,6 +34,12 @@ ADVICE = {
     "low_score": "record closer to the object, or train the teachers on renders that look more like the place",
     "ambiguous": "record from more oblique sides and closer: from afar two poses look alike",
     "too_few_keypoints": "record the object less hidden",
+    "no_convergence": "train the teachers longer, on renders that look more like the place: what they see is no pose",
+    "behind_camera": "look whether the camera_info is that of the images, lens included: poses come out where it sees "
+    "nothing",
+    "degenerate": "record the object less hidden and closer: what is seen of it leaves its pose open",
+    "invalid_keypoints": "train the teachers longer: their error bars are no covariance",
+    "too_uncertain": "record closer to the object, or train the teachers longer",
     "uncalibrated": "give renders that nobody was trained on (held_out), so that the teachers' doubt is measured",
 }
 """What to try, by the reason for which most was refused."""

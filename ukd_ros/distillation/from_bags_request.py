@@ -14,6 +14,7 @@ from typing import Any
 from ukd_ros.config import to_mapping
 from ukd_ros.data.rosbag.options import BagOptions
 from ukd_ros.data.whole_files import write_bytes
+from ukd_ros.distillation.beginning import FREE, as_today
 from ukd_ros.distillation.distill import DistillConfig
 from ukd_ros.distillation.pseudo_labels import PseudoLabelOptions
 from ukd_ros.distillation.teacher import TeacherError, member_files
@@ -110,8 +111,10 @@ class FromBagsRequest:
             raise FileExistsError(f"{self.out}: holds an earlier run; resume it, or choose another folder")
         try:
             theirs = json.loads(path.read_text(encoding="utf-8"))
-            differing = [key for key in mine if theirs.get(key) != mine[key]]
-        except (ValueError, AttributeError) as error:
+            as_today(theirs["config"]["distill"])
+            differing = _other_settings(theirs.get("config"), mine.pop("config"))
+            differing += [key for key in mine if theirs.get(key) != mine[key]]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: is no request of an earlier run ({error}); choose another folder") from error
         if differing:
             raise ValueError(
@@ -165,6 +168,19 @@ def finished(out: Path) -> FromBagsResult | None:
 def launch_line(model: Path) -> str:
     """Return the line, for a shell, that starts the pose node on a model."""
     return f"ros2 launch ukd_ros pose.launch.py {shlex.quote(f'model:={model.resolve()}')}"
+
+
+def _other_settings(then: Any, now: Any, key: str = "") -> list[str]:
+    """Return the settings, with both values, in which two configurations as plain data differ; `FREE` ones may."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        names = dict.fromkeys([*now, *then])
+        return [
+            told
+            for name in names
+            for told in _other_settings(then.get(name), now.get(name), f"{key}.{name}" if key else str(name))
+        ]
+    free = key.startswith("distill.") and key.removeprefix("distill.") in FREE
+    return [] if then == now or free else [f"{key or 'config'} (then {then}, now {now})"]
 
 
 def _sha256(path: Path) -> str:

@@ -6,12 +6,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from ukd_ros.data.whole_files import write_bytes
+from ukd_ros.distillation.checkpoint import writing_in
 from ukd_ros.distillation.parallel import Processes
 from ukd_ros.distillation.pseudo_labels import PseudoLabel, PseudoLabels
 from ukd_ros.geometry.arrays import FloatArray
@@ -76,15 +78,19 @@ def _stored(
 ) -> list[T]:
     """Return the answers on all shards: those that are there, and what is missing from `ask`."""
     processes = processes or Processes()
-    if processes.rank == 0:
-        _claim(folder, note)
-    processes.any(False)  # nobody looks before the note is there
     shards = [range(first, min(first + SHARD, frames)) for first in range(0, frames, SHARD)]
-    for number, shard in enumerate(shards):
-        path = folder / f"shard-{number:05d}.json"
-        if number % processes.count == processes.rank and not path.is_file():
-            write_bytes(path, (json.dumps(ask(shard)) + "\n").encode())
-    processes.any(False)  # all shares are done
+    with ExitStack() as held:
+        if processes.rank == 0:
+            _claim(folder, note)
+            held.enter_context(writing_in(folder, (NOTE, "shard-*.json")))
+        processes.any(False)  # nobody looks before the note is there
+        if processes.rank > 0:
+            held.enter_context(writing_in(folder))
+        for number, shard in enumerate(shards):
+            path = folder / f"shard-{number:05d}.json"
+            if number % processes.count == processes.rank and not path.is_file():
+                write_bytes(path, (json.dumps(ask(shard)) + "\n").encode())
+        processes.any(False)  # all shares are done
     return [_read(folder / f"shard-{number:05d}.json", shard, read) for number, shard in enumerate(shards)]
 
 

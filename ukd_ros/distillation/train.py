@@ -9,7 +9,6 @@ micro-batch.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -28,8 +27,8 @@ from ukd_ros.data.progress import Bar, Stopped, deferred_interrupt
 from ukd_ros.distillation.assignment import Assignment, assign, object_rows
 from ukd_ros.distillation.batches import Batches, BatchShape, MicroBatch
 from ukd_ros.distillation.beginning import new_network, new_optimizer, restore, start_from
-from ukd_ros.distillation.checkpoint import Checkpoint, save_checkpoint
-from ukd_ros.distillation.curves import draw_curves
+from ukd_ros.distillation.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, writing_in
+from ukd_ros.distillation.curves import add_metrics, draw_curves, trim_metrics
 from ukd_ros.distillation.device import check_forks, half_precision, train_device
 from ukd_ros.distillation.folders import open_folders
 from ukd_ros.distillation.forked import together
@@ -48,6 +47,9 @@ from ukd_ros.perception.network import (
 )
 
 logger = logging.getLogger(__name__)
+
+WRITTEN = "checkpoint.pt", "step-*.pt", "metrics.jsonl", "curves"
+"""The names of the files of a run, as far as a killed writer's leavings begin with them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,12 +116,15 @@ def train(
         total=config.steps, initial=step, desc="training", unit="step", disable=not progress or processes.rank > 0
     )
     stopped = ""
-    interrupts = ExitStack()
-    interrupted = interrupts.enter_context(deferred_interrupt())
-    window: list[dict[str, float]] = []
+    held = ExitStack()
+    interrupted = held.enter_context(deferred_interrupt())
+    window = load_checkpoint(path).untold if step else []
     tick, tick_step = time.monotonic(), step
     network.train()
     try:
+        if processes.rank == 0:
+            held.enter_context(writing_in(out, WRITTEN))
+            trim_metrics(out / "metrics.jsonl", step)
         for micro_batches in batches:
             # 1. gradients of this process's share, normalised by counts over the whole batch
             optimizer.zero_grad(set_to_none=True)
@@ -153,7 +158,7 @@ def train(
                     norms.store()
                     record |= validate(network, held_out, config)
                 if processes.rank == 0:
-                    _append(out / "metrics.jsonl", record)
+                    add_metrics(out / "metrics.jsonl", record)
                 bar.set_postfix(loss=f"{record['loss']:.3f}", px=f"{record['error_px']:.2f}")
                 window, tick, tick_step = [], time.monotonic(), step
             late = time_budget_s is not None and time.monotonic() - started > time_budget_s
@@ -166,7 +171,7 @@ def train(
                     extra = guide.module.state_dict() if guide else {}
                     taught = guide.identity if guide else ""
                     now = Checkpoint(
-                        network, optimizer.state_dict(), step, asdict(config), tuple(models), extra, taught
+                        network, optimizer.state_dict(), step, asdict(config), tuple(models), extra, taught, window
                     )
                     save_checkpoint(path, now)
                     if kept:
@@ -175,7 +180,7 @@ def train(
             if step == config.steps or over:
                 break
     finally:
-        interrupts.close()
+        held.close()
         batches.close()
         bar.close()
     if stopped and step < config.steps:
@@ -311,9 +316,3 @@ def _record(step: int, window: list[dict[str, float]], config: TrainConfig, step
     record = {name: float(np.mean([terms[name] for terms in window])) for name in window[0]}
     record |= {"step": step, "samples": step * config.batch_size, "lr": learning_rate(step - 1, config)}
     return record | {"images_per_s": steps_per_s * config.batch_size}
-
-
-def _append(path: Path, record: dict[str, float]) -> None:
-    """Add one JSON line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
