@@ -2,7 +2,7 @@
 """How long Ctrl-C takes: SIGINT to the offline node at several moments of a real job, until its process has ended.
 
 First the demo object is rendered, and two teachers are made of its shipped student by a few small steps. The job is
-started anew for every moment in the same folder, and goes on there.
+started anew for every moment in the same folder, and goes on there. "cut": the step at hand did not end in time.
 """
 
 from __future__ import annotations
@@ -98,11 +98,11 @@ def rows_of(found: dict[str, list[dict[str, Any]]]) -> list[tuple[str, str, str]
     rows = []
     for moment, stops in found.items():
         seen = [stop for stop in stops if "took_s" in stop]
-        times = ", ".join(f"{stop['took_s']:.2f}{' (cut)' if stop['cut'] else ''}" for stop in seen)
+        times = ", ".join(f"{stop['took_s']:.2f} s{' (cut)' if stop['cut'] else ''}" for stop in seen)
         others = [str(stop["status"]) for stop in seen if stop["status"] != STOPPED]
         wrong = f"; status {', '.join(others)}" if others else ""
         missed = f"; missed {len(stops) - len(seen)}" if len(seen) < len(stops) else ""
-        rows.append((f"Ctrl-C, {moment}", f"{times} s{wrong}{missed}" if seen else "missed", f"<= {AIM_S:g} s"))
+        rows.append((f"Ctrl-C, {moment}", f"{times}{wrong}{missed}" if seen else "missed", f"<= {AIM_S:g} s"))
     return rows
 
 

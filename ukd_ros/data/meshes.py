@@ -72,7 +72,10 @@ def object_model(
     """
     if kind == "farthest":
         if not 4 <= keypoints <= len(mesh.vertices):
-            raise MeshError(f"object {name!r}: {keypoints} keypoints asked for, from 4 to {len(mesh.vertices)} work.")
+            raise MeshError(
+                f"object {name!r}: {keypoints} keypoints asked for, from 4 to {len(mesh.vertices)} work; or take the "
+                "corners of its bounds (keypoint_kind=box)."
+            )
         points = farthest_points(mesh.vertices, keypoints)
     elif kind == "box":
         points = box_corners(mesh.vertices)
