@@ -100,6 +100,15 @@ def test_poses_are_interpolated_at_the_images_stamp(tmp_path: Path) -> None:
     assert report.bags[0].labelled == 6 and report.objects == {"part": 1}
 
 
+def test_topics_that_could_give_labels_are_listed_where_none_was_named(tmp_path: Path) -> None:
+    poses = [stamped(at, truth(at)) for at in (START, START + STEP)]
+    seen = [detections(START, ("part", 0.9, truth(START)))]
+    (told,) = convert(tmp_path / "silent", [*stream(3), *poses, *seen], options()).bags[0].warnings
+    assert "/detections, /part/pose" in told and "label_topics" in told
+    named = convert(tmp_path / "named", [*stream(3), *poses, *seen], options(label_topics={"/part/pose": "part"}))
+    assert not named.bags[0].warnings and not convert(tmp_path / "none", stream(3), options()).bags[0].warnings
+
+
 def test_stamps_are_matched_not_times_of_recording(tmp_path: Path) -> None:
     late = [stamped(at, truth(at))._replace(time_ns=at + 3 * 10**9) for at in (START + n * STEP for n in range(6))]
     convert(tmp_path, [*stream(6), *late], options(label_topics={"/part/pose": "part"}))

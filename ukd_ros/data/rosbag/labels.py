@@ -178,6 +178,15 @@ def read_labels(
     return out, refused
 
 
+def unused_topics(bag: BagReader, options: BagOptions) -> list[str]:
+    """Return a sentence that lists the topics which could give labels, where none was asked for; else nothing."""
+    if _topics(bag, options) or options.label_frames:
+        return []
+    there = [topic for topic, kind in sorted(bag.topics.items()) if kind in (*POSE_TYPES, DETECTIONS_TYPE)]
+    listed = ", ".join(shown(topic) for topic in there[:10]) + (", ..." if len(there) > 10 else "")
+    return [f"no labels are taken from {listed}: label_topics names those that are poses of objects"] if there else []
+
+
 def _topics(bag: BagReader, options: BagOptions) -> dict[str, str]:
     """Return topic -> object name ("" for detections), having checked types."""
     kinds = bag.topics

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from ukd_ros.data.progress import Bar
 from ukd_ros.data.rosbag.folder import shown
-from ukd_ros.data.rosbag.labels import FrameLabel, Stamped, read_labels
+from ukd_ros.data.rosbag.labels import FrameLabel, Stamped, read_labels, unused_topics
 from ukd_ros.data.rosbag.options import BagOptions
 from ukd_ros.data.rosbag.reader import BagIndex, BagReader, Entry
 from ukd_ros.data.rosbag.storage import BagError, IntArray
@@ -94,6 +94,7 @@ def survey_bag(path: Path, name: str, options: BagOptions, progress: bool = True
         _look_through(bag, chosen, options, survey, progress)
         _label(bag, options, survey)
         survey.lost_bytes, survey.damage, survey.warnings = bag.lost_bytes, bag.damage, bag.warnings
+        survey.warnings = [*survey.warnings, *unused_topics(bag, options)]
     return survey
 
 
