@@ -27,6 +27,7 @@ from ukd_ros.data.progress import Progress, Stopped
 from ukd_ros.data.render_dataset import DEMO, MeshSource
 from ukd_ros.data.renderer import RendererError
 from ukd_ros.data.rosbag.options import BagOptions
+from ukd_ros.data.scenes import SceneConfig
 from ukd_ros.distillation import new_object as chain_module
 from ukd_ros.distillation import new_object_stages as stages_module
 from ukd_ros.distillation import new_object_state as state_module
@@ -631,7 +632,7 @@ def facts(folder: Path, mesh: trimesh.Trimesh) -> PartFacts:
 
 def test_a_mesh_is_looked_at(tmp_path: Path) -> None:
     box = facts(tmp_path, trimesh.creation.box((100, 60, 40)))
-    assert box.keypoint_kind == "box" and box.open_edges == 0.0 and not box.coloured
+    assert box.keypoint_kind == "box" and box.open_edges == 0.0 and not box.coloured and box.bare
     assert box.alike == ("x:180", "y:180", "z:180")
     assert facts(tmp_path, trimesh.creation.cylinder(30, 90, sections=128)).alike == ("x:180", "y:180", "z")
     assert facts(tmp_path, trimesh.creation.box((60, 60, 40))).alike[-1] == "z:90"
@@ -639,13 +640,18 @@ def test_a_mesh_is_looked_at(tmp_path: Path) -> None:
     holed.update_faces(np.arange(len(holed.faces)) > 1)
     assert facts(tmp_path, holed).open_edges > 0.1
     demo = inspect_part(MeshSource(DEMO), keypoints=12)
-    assert demo.coloured and demo.alike == () and demo.keypoint_kind == "farthest"
+    assert demo.coloured and not demo.bare and demo.alike == () and demo.keypoint_kind == "farthest"
 
 
 def test_what_a_mesh_says_is_told_before_the_work(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     box = trimesh.creation.box((100, 60, 40))
-    said = " ".join(facts(tmp_path, box).sentences("part", ("x:180",)))
+    said = " ".join(facts(tmp_path, box).sentences("part", ("x:180",), SceneConfig()))
     assert "--symmetry y:180 --symmetry z:180" in said and "x:180" not in said and "holes" not in said
+    assert "rendered in any" in said and "scene.target_color=[r,g,b]" in said
+    known = SceneConfig(target_color=(20, 20, 20))
+    assert "rendered in any" not in " ".join(facts(tmp_path, box).sentences("part", (), known))
+    box.visual.face_colors = (200, 20, 20, 255)
+    assert not facts(tmp_path, box).bare
     box.update_faces(np.arange(len(box.faces)) > 1)
     request = asked(tmp_path, mesh=mesh_file(tmp_path, box), unit="mm")
     with caplog.at_level("INFO"), pytest.raises(NewObjectError):
@@ -658,7 +664,7 @@ def test_what_a_mesh_says_is_told_before_the_work(tmp_path: Path, caplog: pytest
 
 
 def story(part: dict[str, Any] | None = None, **changes: Any) -> Story:
-    known = PartFacts(0.2, 1000, True, 0.0, (), "farthest", "d")
+    known = PartFacts(0.2, 1000, True, False, 0.0, (), "farthest", "d")
     values: dict[str, Any] = {
         "name": "bottle", "out": Path("models/bottle"), "part": replace(known, **(part or {})), "budget_s": 1200.0,
         "plan": make_plan(1100.0, IDLE, teachers=0, bags=0), "images": {"train": 500}, "cut": False,

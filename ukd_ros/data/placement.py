@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from ukd_ros.data.clutter import random_color
 from ukd_ros.data.renderer import Light, Lighting, Material
+from ukd_ros.data.repaint import PAINTS
 from ukd_ros.data.scenes import Body, Scene, SceneConfig
 from ukd_ros.geometry.camera import Camera
 from ukd_ros.geometry.object_model import Mesh
@@ -79,6 +81,7 @@ class SceneSampler:
         self.extra = extra
         self.textures = textures
         self.collages = collages
+        self.bare = [mesh.bare for mesh in meshes[:targets]]
         self.radius = [float(np.linalg.norm(m.vertices, axis=1).max()) for m in meshes]
 
     def sample(self, rng: np.random.Generator) -> Scene:
@@ -145,13 +148,28 @@ class SceneSampler:
 
     # ------------------------------------------------------------------ materials and distractors
 
-    def _target_material(self, rng: np.random.Generator) -> Material:
+    def _target(self, rng: np.random.Generator, target: int, pose: Pose) -> Body:
+        share = self.config.repainted_fraction
+        paint = int(rng.integers(PAINTS)) if share > 0 and rng.random() < share else -1
+        material = self._target_material(rng, bare=self.bare[target] and paint < 0)
+        return Body(target, pose, material, target=target, paint=paint)
+
+    def _target_material(self, rng: np.random.Generator, bare: bool) -> Material:
         saturation = rng.uniform(*self.config.target_saturation)
         matrix = hue_matrix(rng.normal(0, 0.10), saturation) * np.exp(rng.normal(0, 0.07, 3))[:, None]
+        if bare:
+            matrix = matrix @ np.diag(linear_color(self._bare_color(rng)))
         return Material(
             matrix * np.exp(rng.uniform(*np.log(self.config.target_gain))),
             rng.choice([0.0, rng.uniform(0.02, 0.35)]), rng.uniform(0.2, 0.8), rng.choice([0.0, rng.uniform(0.1, 0.7)]),
         )  # fmt: skip
+
+    def _bare_color(self, rng: np.random.Generator) -> tuple[int, ...]:
+        """Return the colour of an instance whose mesh has none: the part's, if it was said, or anything.
+
+        White, as which such a mesh would be drawn, is only one of the colours that a part can have.
+        """
+        return random_color(rng) if self.config.target_color is None else self.config.target_color
 
     def _distractor(self, rng: np.random.Generator) -> tuple[int, tuple[float, float, float], int | None, Material]:
         """Return mesh key, scale, texture key and material of something that is not a target."""
@@ -191,7 +209,7 @@ class SceneSampler:
             ray /= np.linalg.norm(ray)
             rotation = rotation_between(np.array([0.0, 0.0, 1.0]), ray) @ self._rotation(rng)
             spots.append((pixel, size))
-            bodies.append(Body(target, Pose(rotation, ray * distance), self._target_material(rng), target=target))
+            bodies.append(self._target(rng, target, Pose(rotation, ray * distance)))
         up = bodies[0].pose.rotation[:, 2].copy() if self.config.view == "upright" else random_rotation(rng)[0]
         bodies += self._floating_distractors(rng, camera, bodies)
         return bodies, up
@@ -262,7 +280,7 @@ class SceneSampler:
             # the foot, not the centre above it: in a crowd the height would count as clearance
             taken = pose.translation if crowd is None or spot is None else spot
             spots.append((taken, self.radius[target] * 0.75))
-            bodies.append(Body(target, pose, self._target_material(rng), target=target))
+            bodies.append(self._target(rng, target, pose))
         bodies += self._table_distractors(rng, camera, R, centre, spots, bodies, crowd)
         half = rng.uniform(0.5, 1.2) if rng.random() < 0.5 else 6.0
         shift = R @ np.array([rng.normal(0, 0.2), rng.normal(0, 0.2), 0.0])
@@ -371,6 +389,11 @@ def hue_matrix(angle: float, saturation: float) -> FloatArray:
     grey = np.full((3, 3), 1 / 3)
     turn = exp_so3(np.full(3, angle / np.sqrt(3)))
     return np.asarray(turn @ (grey + saturation * (np.eye(3) - grey)))
+
+
+def linear_color(color: tuple[int, ...]) -> FloatArray:
+    """Return an RGB colour (0..255) [3] as the renderer's shaders reckon: by squares, 0..1."""
+    return np.asarray((np.array(color, dtype=np.float64) / 255.0) ** 2)
 
 
 def rotation_between(a: FloatArray, b: FloatArray) -> FloatArray:

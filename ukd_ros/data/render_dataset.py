@@ -36,7 +36,7 @@ DEMO = "demo"
 CHUNK = 8
 
 
-RENDERER = 2
+RENDERER = 3
 """Raised whenever the same settings give other pixels or labels: a folder begun before is not continued."""
 
 

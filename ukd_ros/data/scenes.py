@@ -46,6 +46,13 @@ class SceneConfig:
     truncated_fraction: float = field(default=0.12, metadata={"help": "share of targets that may cross the border"})
     target_gain: Range = field(default=(0.65, 1.25), metadata={"help": "brightness of a target's colours, log-uniform"})
     target_saturation: Range = field(default=(0.7, 1.2), metadata={"help": "saturation factor of a target's colours"})
+    target_color: tuple[int, ...] | None = field(
+        default=None,
+        metadata={"help": "red, green, blue (0 to 255) of a mesh without colours; none: not known, any are drawn"},
+    )
+    repainted_fraction: float = field(
+        default=0.0, metadata={"help": "share of targets drawn in other colours than their mesh's"}
+    )
     crowded_fraction: float = field(
         default=0.0, metadata={"help": "share of tables on which everything stands close together"}
     )
@@ -66,11 +73,16 @@ class SceneConfig:
                 raise ValueError(f"{name}: must be (low, high) with low <= high, got {pair}.")
             object.__setattr__(self, name, pair)
         for name in ("roll_uniform_fraction", "table_fraction", "occluded_fraction", "min_visible",
-                     "truncated_fraction", "crowded_fraction", "busy_fraction"):  # fmt: skip
+                     "truncated_fraction", "repainted_fraction", "crowded_fraction", "busy_fraction"):  # fmt: skip
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}: must lie in 0..1, got {getattr(self, name)}.")
         if self.target_gain[0] <= 0:
             raise ValueError(f"target_gain: must be positive, got {self.target_gain}.")
+        if self.target_color is not None:
+            color = tuple(self.target_color)
+            if len(color) != 3 or not all(0 <= value <= 255 for value in color):
+                raise ValueError(f"target_color: needs red, green and blue of 0 to 255, got {color}.")
+            object.__setattr__(self, "target_color", color)
         if self.view not in VIEWS:
             raise ValueError(f"view: must be one of {', '.join(VIEWS)}, got {self.view!r}.")
         if self.distance[0] < 0.05 or self.distance[1] > 30:
@@ -96,7 +108,10 @@ class SceneConfig:
 
 @dataclass(frozen=True, eq=False)
 class Body:
-    """One placed thing: a mesh (by key), its pose and size; `target` is the index of the target or -1."""
+    """One placed thing: a mesh (by key), its pose and size.
+
+    `target` is the index of the target or -1, `paint` that of the coat of paint over it, -1 for its own colours.
+    """
 
     mesh: int
     pose: Pose
@@ -104,6 +119,7 @@ class Body:
     scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
     texture: int | None = None
     target: int = -1
+    paint: int = -1
 
 
 @dataclass(frozen=True, eq=False)

@@ -95,7 +95,7 @@ def new_object(
     part = inspect_part(source, config.train.keypoints)
     if config.symmetry:
         symmetries_of(config.symmetry, source.load())
-    for sentence in part.sentences(request.name, config.symmetry):
+    for sentence in part.sentences(request.name, config.symmetry, config.scene):
         logger.info("%s", sentence)
     with locked(request.work):
         state = WorkState(request.work, arguments(config, request, part))

@@ -15,6 +15,7 @@ from scipy.spatial import cKDTree
 
 from ukd_ros.data.meshes import MeshError
 from ukd_ros.data.render_dataset import DEMO, MeshSource
+from ukd_ros.data.scenes import SceneConfig
 from ukd_ros.geometry.arrays import FloatArray
 from ukd_ros.geometry.declared_symmetry import AXES, turn_about
 from ukd_ros.geometry.object_model import Mesh, diameter_of
@@ -34,14 +35,15 @@ ONE_COLOUR = 6.0
 class PartFacts:
     """What was measured on a mesh.
 
-    diameter_m; faces; coloured: more than one colour; open_edges: share of edges that have not two faces (holes, loose
-    sheets, faces that cross); alike: turns that leave the shape as it is, in words of `--symmetry`; keypoint_kind:
-    farthest, or box for a mesh of too few corners; digest: of the surface and its colours.
+    diameter_m; faces; coloured: more than one colour; bare: no colour at all; open_edges: share of edges that have not
+    two faces (holes, loose sheets, faces that cross); alike: turns that leave the shape as it is, in words of
+    `--symmetry`; keypoint_kind: farthest, or box for a mesh of too few corners; digest: of the surface and its colours.
     """
 
     diameter_m: float
     faces: int
     coloured: bool
+    bare: bool
     open_edges: float
     alike: tuple[str, ...]
     keypoint_kind: str
@@ -51,7 +53,7 @@ class PartFacts:
         """Return plain data for JSON."""
         return asdict(self)
 
-    def sentences(self, name: str, declared: Sequence[str]) -> list[str]:
+    def sentences(self, name: str, declared: Sequence[str], scene: SceneConfig) -> list[str]:
         """Return what to look at before hours are spent on it: the size first, then what may be wrong."""
         said = [f"{name}: {100 * self.diameter_m:.1f} cm across, {self.faces} faces (another size? then another unit)"]
         left = [word for word in self.alike if word not in declared]
@@ -60,6 +62,11 @@ class PartFacts:
             said.append(
                 f"{name}: the shape is the same after turns about {', '.join(left)}; if its colours do not tell them "
                 f"apart either, stop and say so ({words})"
+            )
+        if self.bare and scene.target_color is None:
+            said.append(
+                f"{name}: the mesh has no colours, so it is rendered in any; is it known which one, say so (--set "
+                "scene.target_color=[r,g,b], 0 to 255)"
             )
         if self.open_edges > HOLES:
             said.append(f"{name}: {self.open_edges:.0%} of the mesh's edges have not two faces (holes, loose sheets)")
@@ -77,6 +84,7 @@ def inspect_part(source: MeshSource, keypoints: int) -> PartFacts:
         diameter_m=diameter_of(mesh.vertices),
         faces=len(mesh.faces),
         coloured=_coloured(mesh),
+        bare=mesh.bare,
         open_edges=_open_edges(mesh),
         alike=_alike(mesh),
         keypoint_kind="farthest" if len(corners) >= keypoints else "box",

@@ -101,8 +101,8 @@ def _about_part(story: Story) -> list[str]:
     said, part = [], story.part
     if not part.coloured:
         said.append(
-            "The mesh has one colour: the student knows its shape alone. A textured mesh (.obj with its picture, a "
-            "coloured .ply), or a bag of the real part with --budget 1h, shows it what the part looks like."
+            "The mesh has one colour or none: the student knows the shape alone. A textured mesh (.obj with its "
+            "picture, a coloured .ply), or a bag of the real part with --budget 1h, shows what the part looks like."
         )
     if part.open_edges > HOLES:
         said.append(

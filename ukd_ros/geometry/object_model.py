@@ -51,6 +51,11 @@ class Mesh:
                 raise ValueError("texture: needs uv coordinates, and uv is None.")
             object.__setattr__(self, "texture", frozen_array(self.texture, (None, None, 3), "texture", np.uint8))
 
+    @property
+    def bare(self) -> bool:
+        """Whether nothing is known of its colours, as with every .stl."""
+        return self.colors is None and self.texture is None
+
 
 @dataclass(frozen=True, eq=False)
 class Symmetries:
