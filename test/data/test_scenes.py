@@ -28,7 +28,6 @@ from ukd_ros.data.placement import (
 from ukd_ros.data.preview import write_contact_sheet
 from ukd_ros.data.render_dataset import MeshSource, RenderError, render_dataset
 from ukd_ros.data.renderer import Item, Lighting, Material, RendererError
-from ukd_ros.data.repaint import own_colors, repainted
 from ukd_ros.data.scene_renderer import SceneRenderer
 from ukd_ros.data.scenes import Body, SceneConfig
 from ukd_ros.data.sensor import SensorConfig, expose
@@ -260,54 +259,6 @@ def test_a_mesh_without_colours_is_drawn_in_any_or_in_the_one_that_was_said() ->
     assert (blue.argmax(axis=1) == 2).mean() > 0.9  # a mesh's own colours are the part's
 
 
-def two_tone() -> Mesh:
-    mesh = demo_mesh()
-    upper = mesh.vertices[:, 2] > np.median(mesh.vertices[:, 2])
-    colors = np.where(upper[:, None], (30, 60, 40), (25, 25, 25)).astype(np.uint8)
-    return dataclasses.replace(mesh, uv=None, texture=None, colors=colors)
-
-
-def test_paint_keeps_the_shape_and_often_the_borders_of_a_meshs_colours() -> None:
-    mesh, rng = two_tone(), np.random.default_rng(0)
-    kept = 0
-    for _ in range(40):
-        painted = repainted(mesh, rng)
-        assert np.array_equal(painted.vertices, mesh.vertices) and np.array_equal(painted.faces, mesh.faces)
-        assert painted.colors is not None and len(np.unique(painted.colors, axis=0)) <= 4
-        pairs = np.unique(np.hstack([mesh.colors, painted.colors]), axis=0)  # type: ignore[list-item]
-        kept += len(np.unique(painted.colors, axis=0)) == 2 == len(pairs)
-    assert 6 <= kept <= 34
-    for other in (dataclasses.replace(mesh, colors=None), demo_mesh()):  # bare, textured
-        painted = repainted(other, rng)
-        assert painted.colors is not None and painted.texture is None
-
-
-def test_own_colours_come_from_the_texture() -> None:
-    mesh = demo_mesh()
-    texture = np.zeros((8, 8, 3), np.uint8)
-    texture[:4] = (200, 0, 0)  # the upper half: v above 0.5
-    colors = own_colors(dataclasses.replace(mesh, texture=texture))
-    assert colors is not None and mesh.uv is not None
-    inside = (mesh.uv > 0.01).all(axis=1) & (mesh.uv < 0.99).all(axis=1) & (np.abs(mesh.uv[:, 1] - 0.5) > 0.01)
-    assert inside.sum() > 20
-    assert np.array_equal(colors[inside, 0] == 200, mesh.uv[inside, 1] > 0.5)
-
-
-def test_targets_are_painted_as_often_as_asked() -> None:
-    shares = []
-    for fraction in (0.0, 0.3, 1.0):
-        drawn = sampler(repainted_fraction=fraction)
-        scenes = [drawn.sample(np.random.default_rng(i)) for i in range(80)]
-        paints = [body.paint for scene in scenes for body in scene.bodies if body.target >= 0]
-        assert all(body.paint < 0 for scene in scenes for body in scene.bodies if body.target < 0)
-        shares.append(np.mean([paint >= 0 for paint in paints]))
-    assert shares[0] == 0.0 and abs(shares[1] - 0.3) < 0.1 and shares[2] == 1.0
-    black = dataclasses.replace(demo_mesh(), uv=None, texture=None, colors=np.full((len(demo_mesh().vertices), 3), 8))
-    assert np.ptp(bare_colors(SMALL, black).mean(axis=1)) < 120
-    painted = bare_colors(dataclasses.replace(SMALL, repainted_fraction=1.0), black)
-    assert np.ptp(painted, axis=1).max() > 60 and painted.mean(axis=1).max() > 120
-
-
 def test_sensor_noise_has_its_variance() -> None:
     config = dataclasses.replace(QUIET, read_noise=(0.004, 0.004), shot_noise=(0.02, 0.02))
     image = np.full((200, 200, 3), 160, np.uint8)
@@ -324,8 +275,7 @@ def test_sensor_noise_has_its_variance() -> None:
      ({"camera_matrix": (1.0, 2.0)}, "camera_matrix"), ({"targets": (0, 1)}, "targets"),
      ({"fov_deg": (1, 200)}, "fov"), ({"elevation_deg": (-100.0, 0.0)}, "elevation_deg"), ({"width": 2}, "width"),
      ({"target_gain": (0.0, 1.0)}, "gain"), ({"target_color": (1, 2)}, "target_color"),
-     ({"target_color": (0, 256, 0)}, "target_color"),
-     ({"repainted_fraction": 1.2}, "repainted_fraction")],
+     ({"target_color": (0, 256, 0)}, "target_color")],
 )  # fmt: skip
 def test_impossible_settings_are_named(changes: dict[str, object], word: str) -> None:
     with pytest.raises(ValueError, match=word):

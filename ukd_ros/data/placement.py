@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from ukd_ros.data.clutter import random_color
 from ukd_ros.data.renderer import Light, Lighting, Material
-from ukd_ros.data.repaint import PAINTS
 from ukd_ros.data.scenes import Body, Scene, SceneConfig
 from ukd_ros.geometry.camera import Camera
 from ukd_ros.geometry.object_model import Mesh
@@ -149,10 +148,7 @@ class SceneSampler:
     # ------------------------------------------------------------------ materials and distractors
 
     def _target(self, rng: np.random.Generator, target: int, pose: Pose) -> Body:
-        share = self.config.repainted_fraction
-        paint = int(rng.integers(PAINTS)) if share > 0 and rng.random() < share else -1
-        material = self._target_material(rng, bare=self.bare[target] and paint < 0)
-        return Body(target, pose, material, target=target, paint=paint)
+        return Body(target, pose, self._target_material(rng, self.bare[target]), target=target)
 
     def _target_material(self, rng: np.random.Generator, bare: bool) -> Material:
         saturation = rng.uniform(*self.config.target_saturation)

@@ -15,7 +15,6 @@ from ukd_ros.data.clutter import backdrop, collage, photographs, primitive_meshe
 from ukd_ros.data.meshes import simplified
 from ukd_ros.data.placement import SceneSampler
 from ukd_ros.data.renderer import GpuMesh, Item, Renderer, Silhouette, smooth_outlines
-from ukd_ros.data.repaint import PAINTS, repainted
 from ukd_ros.data.scenes import Body, Instance, RenderedScene, Scene, SceneConfig
 from ukd_ros.data.sensor import expose
 from ukd_ros.geometry.camera import Camera
@@ -45,8 +44,6 @@ class SceneRenderer:
         self.sampler = SceneSampler(config, meshes, len(targets), len(distractors), len(self.textures), count)
         self.renderer = Renderer(config.width, config.height)
         self.gpu: list[tuple[GpuMesh, ...]] = [self._levels(m) for m in meshes]
-        coats = PAINTS if config.repainted_fraction > 0 else 0
-        self.painted = [[self._levels(repainted(m, pool)) for _ in range(coats)] for m in meshes[: len(targets)]]
         self.quad = self.renderer.upload(quad_mesh())
         self.gpu_textures: list[Any] = [self.renderer.texture(t) for t in (*self.textures, *self.collages)]
 
@@ -64,8 +61,7 @@ class SceneRenderer:
             return self.quad
         distance = max(float(np.linalg.norm(body.pose.translation)), 1e-3)
         across = 2.0 * self.sampler.radius[body.mesh] * max(body.scale) * float(camera.matrix[0, 0]) / distance
-        levels = self.gpu[body.mesh] if body.paint < 0 else self.painted[body.target][body.paint]
-        return levels[sum(across < limit for limit, _ in COARSER)]
+        return self.gpu[body.mesh][sum(across < limit for limit, _ in COARSER)]
 
     def close(self) -> None:
         """Free the graphics context."""

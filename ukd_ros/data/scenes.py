@@ -50,9 +50,6 @@ class SceneConfig:
         default=None,
         metadata={"help": "red, green, blue (0 to 255) of a mesh without colours; none: not known, any are drawn"},
     )
-    repainted_fraction: float = field(
-        default=0.0, metadata={"help": "share of targets drawn in other colours than their mesh's"}
-    )
     crowded_fraction: float = field(
         default=0.0, metadata={"help": "share of tables on which everything stands close together"}
     )
@@ -73,7 +70,7 @@ class SceneConfig:
                 raise ValueError(f"{name}: must be (low, high) with low <= high, got {pair}.")
             object.__setattr__(self, name, pair)
         for name in ("roll_uniform_fraction", "table_fraction", "occluded_fraction", "min_visible",
-                     "truncated_fraction", "repainted_fraction", "crowded_fraction", "busy_fraction"):  # fmt: skip
+                     "truncated_fraction", "crowded_fraction", "busy_fraction"):  # fmt: skip
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}: must lie in 0..1, got {getattr(self, name)}.")
         if self.target_gain[0] <= 0:
@@ -108,10 +105,7 @@ class SceneConfig:
 
 @dataclass(frozen=True, eq=False)
 class Body:
-    """One placed thing: a mesh (by key), its pose and size.
-
-    `target` is the index of the target or -1, `paint` that of the coat of paint over it, -1 for its own colours.
-    """
+    """One placed thing: a mesh (by key), its pose and size; `target` is the index of the target or -1."""
 
     mesh: int
     pose: Pose
@@ -119,7 +113,6 @@ class Body:
     scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
     texture: int | None = None
     target: int = -1
-    paint: int = -1
 
 
 @dataclass(frozen=True, eq=False)
