@@ -50,12 +50,13 @@ def scenes_for_a_part() -> SceneConfig:
     """Return the scenes of an unknown part: upright on a table or held up, the views that a robot's camera has of it.
 
     Views over all rotations are many more to learn in the same time, so they are asked for
-    (`--set scene.view=uniform`). Collages and crowds make a student that also works on photographs.
+    (`--set scene.view=uniform`). Crowds, collages and colours that are brighter and fuller than the mesh's make a
+    student that also works on photographs, and cost nothing on renders (docs/results.md, "Bags and budgets").
     """
     return SceneConfig(
-        width=480, height=360, fov_deg=(45.0, 65.0), targets=(2, 4), distractors=(3, 10), elevation_deg=(5.0, 85.0),
-        roll_sigma_deg=15.0, occluded_fraction=0.3, min_visible=0.4, truncated_fraction=0.05, crowded_fraction=0.3,
-        busy_fraction=0.3, texture_pool=48,
+        width=480, height=360, fov_deg=(45.0, 65.0), targets=(2, 4), distractors=(4, 14), elevation_deg=(5.0, 85.0),
+        roll_sigma_deg=15.0, occluded_fraction=0.3, min_visible=0.4, truncated_fraction=0.05, crowded_fraction=0.6,
+        busy_fraction=0.6, texture_pool=48, target_gain=(0.65, 2.2), target_saturation=(0.7, 2.2),
     )  # fmt: skip
 
 
