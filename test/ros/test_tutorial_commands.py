@@ -48,9 +48,9 @@ def test_teachers_are_rendered_and_trained_as_a_new_part_is(page: str, repo_root
     assert f"{config.steps:,} steps of {config.batch_size} windows" in page
     found = re.search(r"here of a part (\d+) cm across", page)
     assert found is not None
-    near_and_far = NewObjectConfig().scene_for(int(found[1]) / 100).distance
     renders = calls_of(page, "render")
-    assert [load_config(SceneConfig, call.config, call.set).distance for call in renders] == [near_and_far] * 2
+    scenes = [load_config(SceneConfig, repo_root / call.config, call.set) for call in renders]
+    assert scenes == [NewObjectConfig().scene_for(int(found[1]) / 100)] * 2
 
 
 def test_a_plain_box_is_cured_as_the_page_says(page: str, repo_root: Path) -> None:
