@@ -65,8 +65,8 @@ class PartFacts:
             )
         if self.bare and scene.target_color is None:
             said.append(
-                f"{name}: the mesh has no colours, so it is rendered in any; is it known which one, say so (--set "
-                "scene.target_color=[r,g,b], 0 to 255)"
+                f"{name}: the mesh has no colours and is rendered in any; if you know the part's, say so "
+                "(--set 'scene.target_color=[r,g,b]', 0 to 255)"
             )
         if self.open_edges > HOLES:
             said.append(f"{name}: {self.open_edges:.0%} of the mesh's edges have not two faces (holes, loose sheets)")
