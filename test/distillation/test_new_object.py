@@ -250,6 +250,16 @@ def test_a_training_is_stopped_only_when_a_last_cycle_is_all_there_is_time_for()
 # ---- the chain ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("slower", [1.0, 1.2, 1.4])
+def test_what_the_trunk_saw_of_the_machine_shortens_what_follows(tmp_path: Path, slower: float) -> None:
+    stages = FakeStages(slower=slower)
+    run(NewObjectConfig(), asked(tmp_path, budget_s=7200.0), stages)
+    state = json.loads((tmp_path / "work" / "state.json").read_text())
+    assert stages.trained["teach"] == state["decisions"]["teach.steps"]  # to the end of its learning rates
+    assert stages.trained["student"] == state["decisions"]["distil.steps"] and "train last" not in stages.calls
+    assert 0.8 * 7200.0 < stages.time < 7200.0
+
+
 @pytest.mark.parametrize("slower", [1.0, 1.3, 2.5])
 @pytest.mark.parametrize("budget_s", [300.0, 1200.0, 3600.0])
 def test_the_chain_ends_within_the_budget(tmp_path: Path, budget_s: float, slower: float) -> None:

@@ -25,6 +25,8 @@ from ukd_ros.distillation.new_object_plan import (
     ASKING,
     LAST_CYCLE,
     LEAST,
+    ON_THEIR_OWN,
+    SLOWEST,
     TEACHERS_FROM_S,
     TRAINING_SLACK,
     Plan,
@@ -259,25 +261,30 @@ class _Chain:
     def _learn(self, rates: Rates, plan: Plan) -> tuple[dict[str, Any], list[Path]]:
         """Train the student, beside teachers where there is time; return what it did and the teachers' checkpoints."""
         closing = self._closing(rates, plan)
-        teachers, before = self._teachers(rates, plan, closing) if self.with_teachers else ([], 0)
-        name, factor = ("distil", ASKING) if teachers else ("train", 1.0)
+        teachers, before, slower = self._teachers(rates, plan, closing) if self.with_teachers else ([], 0, 1.0)
+        name, factor = ("distil", ASKING * slower) if teachers else ("train", 1.0)
         time_s = self.left_s() - closing
         steps = self.state.decide(f"{name}.steps", lambda: steps_within(time_s, rates, factor))
         done = self.stage(name, lambda: self._trained(name, steps, closing, teachers), steps=steps)
         return {**done, "before": before}, teachers
 
-    def _teachers(self, rates: Rates, plan: Plan, closing: float) -> tuple[list[Path], int]:
-        """Train the teachers, branches of one trunk; return their checkpoints, and the steps that made the first."""
+    def _teachers(self, rates: Rates, plan: Plan, closing: float) -> tuple[list[Path], int, float]:
+        """Train the teachers, branches of one trunk.
+
+        Returns their checkpoints, the steps that made the first, and how much slower the trunk's were than the trial's.
+        """
         trunk_end = self._end("trunk", ("teach", "distil"), plan, closing)
         steps = self.state.decide("trunk.steps", lambda: steps_within(self.left_s() - trunk_end, rates.trunk()))
         trunk = self.stage("trunk", lambda: self._trunk(steps, trunk_end), steps=steps)
+        slower = min(SLOWEST, max(1.0, trunk["step_s"] / rates.trunk().step_s))
         end = self._end("teach", ("distil",), plan, closing)
-        steps = self.state.decide("teach.steps", lambda: steps_within(self.left_s() - end, rates.teaching()))
+        factor = ON_THEIR_OWN * slower
+        steps = self.state.decide("teach.steps", lambda: steps_within(self.left_s() - end, rates.teaching(), factor))
         taught = self.stage("teach", lambda: self._taught(steps, end, Path(trunk["checkpoint"])), steps=steps)
         for what, done in (("the training that teachers begin with", trunk), ("the teachers' training", taught)):
             if not done["finished"]:
                 self.warnings.append(f"{what} was slower than planned, and stopped before its end")
-        return [Path(path) for path in taught["teachers"]], trunk["steps"] + taught["steps"]
+        return [Path(path) for path in taught["teachers"]], trunk["steps"] + taught["steps"], slower
 
     def _end(self, name: str, after: Sequence[str], plan: Plan, closing: float) -> float:
         """Return what is to be left of the budget at a training's end: the share of those after it, and the closing."""
@@ -287,7 +294,9 @@ class _Chain:
 
     def _trunk(self, steps: int, end: float) -> dict[str, Any]:
         done = self.stages.trunk(steps, self._tracked("trunk", end))
-        return {"checkpoint": str(done.checkpoint), "finished": done.finished, "steps": done.step}
+        return {
+            "checkpoint": str(done.checkpoint), "finished": done.finished, "steps": done.step, "step_s": done.step_s,
+        }  # fmt: skip
 
     def _taught(self, steps: int, end: float, trunk: Path) -> dict[str, Any]:
         done = self.stages.teach(steps, self._tracked("teach", end), trunk)

@@ -38,8 +38,15 @@ TRAINING_SLACK = 0.94
 LAST_CYCLE = 0.15
 """This part of a training's time is enough to bring the learning rate down when it would not end in time."""
 
-ASKING = 1.5
+ASKING = 1.7
 """A step beside teachers takes so many times as long as a plain one: they are asked about every third window once."""
+
+ON_THEIR_OWN = 1.15
+"""A teacher's step takes so many times as long as the trial says where the trunk's took as long as it says: each goes
+through all views, which no cache holds."""
+
+SLOWEST = 2.0
+"""What the trunk saw of this machine is believed up to so many times the trial's steps: what held it up may be gone."""
 
 ASKING_STAGE = "asking the teachers"
 
